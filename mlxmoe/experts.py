@@ -1,0 +1,156 @@
+"""The routed experts of a layer as the model calls them: ExpertLayer, and the plane codec's products.
+
+ExpertLayer stands where mlx-lm's model classes have a SwitchGLU or SwitchMLP and is called the same way; the router and
+the weighting of the experts' outputs stay in mlx-lm's block. Its projections are either mlx-lm's own switch layers (an
+unconverted or stock MLX checkpoint) or PlaneLinear (a converted one).
+
+Shapes: T tokens, A active experts per token, E experts, D model dim, F expert dim, N rows and K columns of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+from mlxmoe.formats import MatrixShape
+
+SORT_FROM = 64  # (token, expert) pairs from which it pays to touch the experts in order (as mlx-lm does)
+
+
+class Bucket(NamedTuple):
+    """Expert matrices held in fields of one width: words [n, N, W] uint32, scales and biases [n, N, K/G].
+
+    A field may be wider than the code in it: value = scale * code + bias does not depend on the field's width.
+    """
+
+    bits: int
+    words: mx.array
+    scales: mx.array
+    biases: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes + self.biases.nbytes
+
+
+class PlaneLinear(nn.Module):
+    """One projection of all experts of a layer, each at its own resident level; called like mlx-lm's SwitchLinear.
+
+    Experts lie in one bucket per field width. With one bucket a call is one built-in product; with several, each bucket
+    computes all pairs and the pairs that are not its own are masked, so that the host never has to read the routing.
+    """
+
+    def __init__(self, shape: MatrixShape, num_experts: int, has_bias: bool):
+        super().__init__()
+        self.shape = shape
+        self.num_experts = num_experts
+        if has_bias:
+            self.bias = mx.zeros((num_experts, shape.rows))
+        self._buckets: list[Bucket] = []
+        self._rows: list[mx.array] = []
+
+    def fill(self, buckets: Sequence[tuple[Sequence[int], Bucket]]) -> None:
+        """Sets what is resident: for each bucket the experts in it, in row order, and its arrays. Every expert once."""
+        assert sorted(e for experts, _ in buckets for e in experts) == list(range(self.num_experts))
+        self._buckets = [bucket for _, bucket in buckets]
+        self._rows = []
+        for experts, _ in buckets:
+            rows = [-1] * self.num_experts
+            for row, expert in enumerate(experts):
+                rows[expert] = row
+            self._rows.append(mx.array(rows, mx.int32))
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the expert matrices, without the bias (which is an ordinary parameter)."""
+        return sum(bucket.nbytes for bucket in self._buckets)
+
+    def resident_arrays(self) -> list[mx.array]:
+        return [array for bucket in self._buckets for array in bucket[1:]] + self._rows
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x [..., 1, K] with the expert of each row in indices [...] -> [..., 1, N]."""
+        if len(self._buckets) == 1:
+            y = self._product(self._buckets[0], x, indices, sorted_indices)
+        else:
+            # No bucket at all gives zeros: the shape of the result, for tracing a model whose experts are not read yet.
+            y = mx.zeros((*indices.shape, 1, self.shape.rows), x.dtype)
+            for bucket, rows in zip(self._buckets, self._rows, strict=True):
+                row = rows[indices]
+                part = self._product(bucket, x, mx.maximum(row, 0), False)
+                y = mx.where((row >= 0)[..., None, None], part, y)
+        if "bias" in self:
+            y = y + mx.expand_dims(self["bias"][indices], -2)
+        return y
+
+    def _product(self, bucket: Bucket, x: mx.array, rows: mx.array, sorted_indices: bool) -> mx.array:
+        return mx.gather_qmm(
+            x,
+            bucket.words,
+            bucket.scales,
+            bucket.biases,
+            rhs_indices=rows,
+            transpose=True,
+            group_size=self.shape.group_size,
+            bits=bucket.bits,
+            sorted_indices=sorted_indices,
+        )
+
+
+class ExpertLayer(nn.Module):
+    """The routed experts of one layer. Children carry mlx-lm's names, so checkpoints load into it unchanged.
+
+    layer(x, indices): x [..., D], indices [..., A] int -> [..., A, D], the output of each chosen expert, unweighted.
+    """
+
+    def __init__(self, projections: Mapping[str, nn.Module], activation: Callable[..., mx.array], num_experts: int):
+        super().__init__()
+        self.activation = activation
+        self.num_experts = num_experts
+        self._names = tuple(projections)
+        for name, module in projections.items():
+            setattr(self, name, module)
+
+    @classmethod
+    def from_switch(cls, switch: SwitchGLU | SwitchMLP) -> ExpertLayer:
+        """Takes over the projections of a loaded mlx-lm layer, whatever their precision."""
+        names = ("gate_proj", "up_proj", "down_proj") if isinstance(switch, SwitchGLU) else ("fc1", "fc2")
+        projections = {name: switch[name] for name in names}
+        return cls(projections, switch.activation, next(iter(projections.values())).num_experts)
+
+    @property
+    def projections(self) -> list[Any]:
+        return [self[name] for name in self._names]
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of all experts of the layer."""
+        return sum(
+            module.nbytes if isinstance(module, PlaneLinear) else sum(a.nbytes for a in module.parameters().values())
+            for module in self.projections
+        )
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        if indices.size < SORT_FROM:
+            return self._experts(mx.expand_dims(x, (-2, -3)), indices, False).squeeze(-2)
+        # Many pairs: in the order of the experts, so that each expert's weights are touched once in a run.
+        *lead, active = indices.shape
+        flat = indices.flatten()
+        order = mx.argsort(flat)
+        pairs = mx.expand_dims(x.reshape(-1, x.shape[-1])[order // active], -2)
+        y = self._experts(pairs, flat[order], True).squeeze(-2)
+        return y[mx.argsort(order)].reshape(*lead, active, -1)
+
+    def _experts(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        *first, last = self.projections
+        hidden = [projection(x, indices, sorted_indices=sorted_indices) for projection in first]
+        if len(hidden) == 2:
+            gate, up = hidden
+            activated = self.activation(up, gate)
+        else:
+            activated = self.activation(hidden[0])
+        return last(activated, indices, sorted_indices=sorted_indices)

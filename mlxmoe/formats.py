@@ -1,0 +1,154 @@
+"""What one stored expert matrix is: nested bit-planes with one scale per group (codec `planes`).
+
+A weight matrix W [N, K] is coded in groups of G along K with one float16 scale s per group:
+
+    q in [0, 2^B),  value = s * (q - (2^B - 1) / 2)                             the full code of B bits
+    level L < B:    value = s * 2^(B-L) * gain_L * ((q >> (B-L)) - (2^L - 1) / 2)
+
+Planes hold the code's bits, most significant first, in the widths of PLANE_WIDTHS, so that the first planes alone are
+the truncated code: a reader that has 2 bits of a 4-bit expert has a 2-bit expert. Every plane is packed along K exactly
+as `mx.quantize` packs that width (one little-endian, LSB-first bit stream per row), so MLX's own quantized products run
+on it. This file owns shapes, packing and sizes; how codes are chosen is convert/quantize.py, how products are computed
+is reference.py (plain) and experts.py (fast).
+
+Shapes: E experts, N rows (outputs), K columns (inputs), G group size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+
+from mlxmoe.errors import UserError
+
+LEVELS = (2, 3, 4, 6, 8)  # bits of code that can be written or resident
+PLANE_WIDTHS = (2, 1, 1, 2, 2)  # level = sum of the first planes
+GROUP_SIZES = (128, 64, 32)  # what MLX's affine products accept, best bytes first
+SCALE_NBYTES = 2  # float16 on disk
+_PLANES = {level: i + 1 for i, level in enumerate(LEVELS)}
+
+
+def num_planes(level: int) -> int:
+    """Planes that make up a level: 2 -> 1, 3 -> 2, 4 -> 3, 6 -> 4, 8 -> 5."""
+    return _PLANES[level]
+
+
+def choose_group_size(columns: int, preferred: int = 128) -> int:
+    """The largest group size up to `preferred` that divides K. Raises UserError when none does."""
+    for group_size in GROUP_SIZES:
+        if group_size <= preferred and columns % group_size == 0:
+            return group_size
+    raise UserError(
+        f"a matrix with {columns} input columns cannot be quantized: no group size of 32, 64 or 128 divides it",
+        "keep this model unconverted; mlxmoe runs it as it is",
+    )
+
+
+def words_per_row(columns: int, width: int) -> int:
+    """uint32 words that hold K codes of `width` bits, a partly filled word counted whole."""
+    return -(-columns * width // 32)
+
+
+def pack_codes(codes: mx.array, width: int) -> mx.array:
+    """Packs uint8 codes [..., K] < 2^width into uint32 words [..., ceil(K * width / 32)], as `mx.quantize` does.
+
+    Eight codes make exactly `width` bytes for every width, so one rule serves 1 to 8 bits. A row whose K is no multiple
+    of 32 is filled with zero codes to the next one; the extra words are cut off.
+    """
+    *lead, columns = codes.shape
+    padding = -columns % 32
+    if padding:
+        codes = mx.pad(codes, [(0, 0)] * len(lead) + [(0, padding)])
+    eights = codes.astype(mx.uint64).reshape(*lead, -1, 8)
+    stream = (eights << (mx.arange(8, dtype=mx.uint64) * width)).sum(axis=-1, keepdims=True)
+    stream_bytes = (stream >> (mx.arange(width, dtype=mx.uint64) * 8)) & 0xFF
+    words = stream_bytes.astype(mx.uint8).reshape(*lead, -1).view(mx.uint32)
+    return words[..., : words_per_row(columns, width)]
+
+
+def unpack_codes(words: mx.array, width: int, columns: int) -> mx.array:
+    """The inverse of `pack_codes`: uint32 words [..., W] -> uint8 codes [..., K]."""
+    *lead, num_words = words.shape
+    whole = words_per_row(-(-columns // 32) * 32, width)
+    if num_words < whole:
+        words = mx.pad(words, [(0, 0)] * len(lead) + [(0, whole - num_words)])
+    stream_bytes = mx.contiguous(words).view(mx.uint8).reshape(*lead, -1, width).astype(mx.uint64)
+    stream = (stream_bytes << (mx.arange(width, dtype=mx.uint64) * 8)).sum(axis=-1, keepdims=True)
+    codes = (stream >> (mx.arange(8, dtype=mx.uint64) * width)) & ((1 << width) - 1)
+    return codes.astype(mx.uint8).reshape(*lead, -1)[..., :columns]
+
+
+def split_planes(codes: mx.array, level: int) -> list[mx.array]:
+    """uint8 codes [..., K] of `level` bits -> one uint8 array [..., K] per plane, most significant first."""
+    planes, below = [], level
+    for width in PLANE_WIDTHS[: num_planes(level)]:
+        below -= width
+        planes.append((codes >> below) & ((1 << width) - 1))
+    return planes
+
+
+def join_planes(planes: list[mx.array]) -> mx.array:
+    """The first planes of a code -> uint8 codes of LEVELS[len(planes) - 1] bits: the truncated code."""
+    codes = planes[0]
+    for plane, width in zip(planes[1:], PLANE_WIDTHS[1:], strict=False):
+        codes = (codes << width) | plane
+    return codes
+
+
+def array_bytes(array: mx.array) -> memoryview:
+    """The evaluated array's memory as writable bytes, without a copy when it is contiguous."""
+    return memoryview(cast(Any, mx.contiguous(array).reshape(-1).view(mx.uint8)))
+
+
+class MatrixShape(NamedTuple):
+    """One projection of an expert: its name in the model, rows N, columns K and group size G."""
+
+    name: str
+    rows: int
+    columns: int
+    group_size: int
+
+    @property
+    def num_weights(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_groups(self) -> int:
+        return self.num_weights // self.group_size
+
+    def plane_nbytes(self, plane: int) -> int:
+        """Bytes of one packed plane."""
+        return self.rows * words_per_row(self.columns, PLANE_WIDTHS[plane]) * 4
+
+    def code_nbytes(self, level: int) -> int:
+        """Bytes of all planes up to `level`, without scales; also of one merged code of `level` bits."""
+        return self.rows * words_per_row(self.columns, level) * 4
+
+    @property
+    def scales_nbytes(self) -> int:
+        return self.num_groups * SCALE_NBYTES
+
+
+class PackedMatrix(NamedTuple):
+    """One expert matrix as stored: planes of uint32 words [N, words], float16 scales [N, K/G] of the full code, and the
+    gain of each lower level (float, keyed by level; the full level's gain is 1 and not listed)."""
+
+    shape: MatrixShape
+    level: int
+    planes: list[mx.array]
+    scales: mx.array
+    gains: dict[int, float]
+
+
+def level_scale(written: int, level: int, gain: float) -> float:
+    """Factor on the stored scale when only `level` of the `written` bits are used."""
+    return float(1 << (written - level)) * gain
+
+
+def dequantize_codes(codes: mx.array, scales: mx.array, level: int) -> mx.array:
+    """codes uint8 [..., K], scales [..., K/G] of this level -> float32 [..., K]: scale * (code - (2^level - 1) / 2)."""
+    group_size = codes.shape[-1] // scales.shape[-1]
+    centred = codes.astype(mx.float32) - ((1 << level) - 1) / 2
+    grouped = centred.reshape(*scales.shape, group_size) * scales.astype(mx.float32)[..., None]
+    return grouped.reshape(codes.shape)

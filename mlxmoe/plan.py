@@ -1,0 +1,213 @@
+"""The plan: the whole decision of a conversion as data. The only contract between the converter and the runtime.
+
+`plan.json` lies beside the weights, is readable and diff-able (one line per expert), and says for every (layer, expert,
+projection) which level is written, what each lower level would cost, and how every other tensor is stored, with the
+SHA-256 of each file. This file owns the data and its JSON; it decides nothing (convert/allocate.py and residency.py do)
+and reads no weights (store.py does).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxmoe.errors import UserError
+from mlxmoe.formats import LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
+
+PLAN_FILE = "plan.json"
+PLAN_FORMAT = "mlxmoe-plan"
+PLAN_VERSION = 1
+
+
+class ExpertEntry(NamedTuple):
+    """One expert, a value per projection of its layer.
+
+    levels[p]: bits written. errors[p][i]: squared error ||W - W_hat||^2 / ||W||^2 when only LEVELS[i] bits are used.
+    gains[p][i]: factor on the scale at LEVELS[i] below the level written (where it is 1). crc32[j]: checksum of the record of plane j.
+    """
+
+    levels: tuple[int, ...]
+    errors: tuple[tuple[float, ...], ...]
+    gains: tuple[tuple[float, ...], ...]
+    crc32: tuple[int, ...] = ()
+
+    @property
+    def num_planes(self) -> int:
+        return max(num_planes(level) for level in self.levels)
+
+
+class LayerPlan(NamedTuple):
+    """The routed experts of one layer. `weights[p][e]`: what a relative error of 1 in that matrix adds to the expected
+    loss. `path` is the module in the model; `file` holds the records."""
+
+    layer: int
+    path: str
+    kind: str  # glu (gate_proj, up_proj, down_proj) or mlp (fc1, fc2)
+    file: str
+    projections: tuple[MatrixShape, ...]
+    weights: tuple[tuple[float, ...], ...]
+    experts: tuple[ExpertEntry, ...]
+
+
+class TrunkEntry(NamedTuple):
+    """A tensor outside the routed experts that was quantized in MLX's affine layout."""
+
+    tensor_class: str  # embedding, head, attention, shared, dense
+    bits: int
+    group_size: int
+    error: float  # relative squared error
+    weight: float  # what a relative error of 1 adds to the expected loss
+
+
+class FileEntry(NamedTuple):
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the file's heading. `expected_loss` sums weight * error over all matrices, in the scale of the weights."""
+
+    model_type: str
+    source: dict[str, Any]  # name, config_sha256, files: name -> bytes
+    settings: dict[str, Any]  # what the converter was asked for
+    num_parameters: int
+    layers: tuple[LayerPlan, ...]
+    trunk: dict[str, TrunkEntry]
+    expected_loss: float
+    seed: int = 0
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    def with_files(self, files: dict[str, FileEntry]) -> Plan:
+        return replace(self, files=dict(sorted(files.items())))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files of the folder but plan.json itself."""
+        return sum(entry.nbytes for entry in self.files.values())
+
+    def level_histogram(self) -> dict[int, int]:
+        """Level -> how many expert matrices are written at it."""
+        histogram = dict.fromkeys(LEVELS, 0)
+        for layer in self.layers:
+            for expert in layer.experts:
+                for level in expert.levels:
+                    histogram[level] += 1
+        return {level: count for level, count in histogram.items() if count}
+
+    def dumps(self) -> str:
+        """The JSON text: one line per expert and per trunk tensor, four significant digits for measured values."""
+        head = {
+            "format": PLAN_FORMAT,
+            "version": PLAN_VERSION,
+            "codec": {"name": "planes", "levels": LEVELS, "plane_widths": PLANE_WIDTHS},
+            "model_type": self.model_type,
+            "seed": self.seed,
+            "num_parameters": self.num_parameters,
+            "expected_loss": _short(self.expected_loss),
+            "source": self.source,
+            "settings": self.settings,
+        }
+        lines = [f"{json.dumps(key)}:{_compact(value)}" for key, value in head.items()]
+        lines.append(_block("files", [f"{json.dumps(k)}:{_compact(v)}" for k, v in self.files.items()], "{}"))
+        trunk = [f"{json.dumps(k)}:{_compact(_shorten(v))}" for k, v in self.trunk.items()]
+        lines.append(_block("trunk", trunk, "{}"))
+        lines.append(_block("layers", [_dump_layer(layer) for layer in self.layers], "[]"))
+        return "{" + ",\n".join(lines) + "}\n"
+
+    def save(self, folder: Path) -> None:
+        """Writes plan.json whole or not at all."""
+        temporary = folder / (PLAN_FILE + ".tmp")
+        temporary.write_text(self.dumps())
+        os.replace(temporary, folder / PLAN_FILE)
+
+    @classmethod
+    def loads(cls, text: str, name: str = PLAN_FILE) -> Plan:
+        """Raises UserError for text that is no plan or is one of a newer version."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{name} is not valid JSON ({error})", "convert the model again") from None
+        if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
+            raise UserError(f"{name} is not a plan of mlxmoe", "convert the model again")
+        version = data.get("version")
+        if isinstance(version, int) and version > PLAN_VERSION:
+            raise UserError(
+                f"{name} has format version {version}, this mlxmoe reads up to {PLAN_VERSION}",
+                "update mlxmoe: pip install --upgrade mlxmoe",
+            )
+        try:
+            if version != PLAN_VERSION:
+                raise ValueError(f"format version {version!r}")
+            return cls(
+                model_type=data["model_type"],
+                source=data["source"],
+                settings=data["settings"],
+                num_parameters=data["num_parameters"],
+                layers=tuple(_load_layer(layer) for layer in data["layers"]),
+                trunk={path: TrunkEntry(*entry) for path, entry in data["trunk"].items()},
+                expected_loss=data["expected_loss"],
+                seed=data["seed"],
+                files={path: FileEntry(*entry) for path, entry in data["files"].items()},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{name} is damaged: {type(error).__name__} {error}", "convert the model again") from None
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        path = folder / PLAN_FILE
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not text", "convert the model again") from None
+        return cls.loads(text, str(path))
+
+
+def is_converted(folder: Path) -> bool:
+    return (folder / PLAN_FILE).is_file()
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, float):
+        return _short(value)
+    if isinstance(value, list | tuple):
+        return [_shorten(v) for v in value]
+    return value
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _block(key: str, lines: list[str], brackets: str) -> str:
+    return f"{json.dumps(key)}:{brackets[0]}\n" + ",\n".join(lines) + brackets[1]
+
+
+def _dump_layer(layer: LayerPlan) -> str:
+    head = _compact({k: v for k, v in layer._asdict().items() if k not in ("experts", "weights")})
+    # The weights of one projection are often all equal: one number stands for all of them.
+    weights = [w[0] if len(set(w)) == 1 else list(w) for w in (_shorten(w) for w in layer.weights)]
+    experts = ",\n".join(_compact(_shorten(expert)) for expert in layer.experts)
+    return f'{head[:-1]},"weights":{_compact(weights)},"experts":[\n{experts}]}}'
+
+
+def _load_layer(data: dict[str, Any]) -> LayerPlan:
+    def tuples(rows: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+        return tuple(tuple(row) for row in rows)
+
+    experts = tuple(ExpertEntry(tuple(e[0]), tuples(e[1]), tuples(e[2]), tuple(e[3])) for e in data["experts"])
+    weights = tuple(tuple(w) if isinstance(w, list) else (w,) * len(experts) for w in data["weights"])
+    projections = tuple(MatrixShape(*p) for p in data["projections"])
+    return LayerPlan(data["layer"], data["path"], data["kind"], data["file"], projections, weights, experts)
+
+
+def as_dict(plan: Plan) -> dict[str, Any]:
+    """Plain data, for tools."""
+    return asdict(plan)

@@ -1,0 +1,35 @@
+"""Shared fixtures. The evaluation data and the trained test model live beside the project, never in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _absent(what: str) -> None:
+    """Skips visibly; in CI the data must be there, so its absence is a failure."""
+    message = f"{what} is not beside the project"
+    if os.environ.get("CI") == "true":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of evaluation data and models beside the project."""
+    if not SHARED.is_dir():
+        _absent("the folder ../shared")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_model(shared_dir: Path) -> Path:
+    """A trained 20M-parameter DeepSeek-V3-style MoE in Hugging Face format (bfloat16)."""
+    path = shared_dir / "models" / "tiny-deepseek-v3"
+    if not (path / "config.json").is_file():
+        _absent(f"the test model {path.name}")
+    return path
