@@ -1,0 +1,305 @@
+"""A conversion from start to end: stages with one artefact each, in a work folder that becomes the result.
+
+    OUT.partial/state/   job.json, measure-<layer>.npz, measure-trunk.npz, plan.json, <file>.json: removed at the end
+    OUT.partial/         the files themselves, each whole under its final name
+    OUT                  appears in one rename, complete
+
+A run that is killed at any point leaves OUT.partial; the same command with --resume goes on from the last artefact.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from mlxmoe import __version__
+from mlxmoe.checkpoint import Checkpoint, open_checkpoint, side_files
+from mlxmoe.convert.allocate import Allocator, Decision, output_config, shard_name, trunk_formats, trunk_shards
+from mlxmoe.convert.config import ConvertConfig
+from mlxmoe.convert.measure import (
+    ExpertErrors,
+    Progress,
+    TrunkErrors,
+    check_finite,
+    measure_layer,
+    measure_trunk,
+    unmeasured,
+)
+from mlxmoe.convert.source import Source
+from mlxmoe.convert.write import save_arrays, write_layer, write_shard, write_whole
+from mlxmoe.errors import UserError
+from mlxmoe.formats import num_planes
+from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, Plan
+from mlxmoe.units import format_size
+
+
+class Outcome(NamedTuple):
+    """What a conversion did, or would do under --dry-run. `nbytes`: all files of the folder."""
+
+    decision: Decision
+    plan: Plan
+    nbytes: int
+
+
+class Job:
+    """One conversion. Creates OUT.partial with the first artefact, so bad input leaves nothing behind."""
+
+    def __init__(self, source: str | Path, output: Path, config: ConvertConfig, quiet: bool = False):
+        output = output if output.name else output.resolve()  # "." has no name
+        self.output = output
+        self.folder = output.with_name(output.name + ".partial")
+        self.state = self.folder / "state"
+        self.config = config
+        self.checkpoint = open_checkpoint(source)
+        self.source = Source(self.checkpoint, config.group_size)
+        self._quiet = quiet
+
+    # -- entry points ------------------------------------------------------------------------------------------------
+
+    def dry_run(self) -> Outcome:
+        """Measures and allocates in memory. Writes nothing."""
+        self._allocator(unmeasured(self.source, self.config)).check_size()
+        with self._progress(passes=1) as progress:
+            decision = self._allocator(self._measure(progress, keep=False)).decide()
+        return Outcome(decision, decision.plan, decision.nbytes)
+
+    def run(self, resume: bool = False, restart: bool = False) -> Outcome:
+        """Converts. Raises UserError when OUT exists, when work is left over and neither resume nor restart was asked,
+        when the settings differ from those of the work to resume, or when the disk is full."""
+        self._check_output(resume, restart)
+        self._allocator(unmeasured(self.source, self.config)).check_size()
+        mx.set_cache_limit(0)  # freed buffers go back at once: peak memory is what one layer needs
+        try:
+            with self._locked(restart), self._progress(passes=2) as progress:
+                self._claim()
+                if (self.folder / PLAN_FILE).is_file():  # killed in the middle of publishing
+                    plan = Plan.load(self.folder)
+                    decision = self._allocator(unmeasured(self.source, self.config)).account(plan)
+                else:
+                    decision = self._allocator(self._measure_or_clear(progress)).decide()
+                    self._check_space(decision.nbytes)
+                    plan = self._write(self._keep_plan(decision.plan), progress)
+                    self._complete(plan, decision.nbytes)
+                self._publish()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"the disk is full: {self.folder} needs {format_size(error_space(self.folder))} so far and more to come",
+                "make room and run the same command with --resume, or delete that folder",
+            ) from None
+        return Outcome(decision, plan, sum(path.stat().st_size for path in self.output.iterdir()))
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def _measure_or_clear(self, progress: Progress) -> tuple[dict[int, ExpertErrors], TrunkErrors]:
+        """Measures. Of a source that proves to be damaged nothing is kept: the repaired one may differ anywhere."""
+        try:
+            return self._measure(progress, keep=True)
+        except UserError:
+            shutil.rmtree(self.folder)
+            raise
+
+    def _measure(self, progress: Progress, keep: bool) -> tuple[dict[int, ExpertErrors], TrunkErrors]:
+        tensors = self.source.tensors()
+        layers = {}
+        for site in self.source.sites:
+            path = self.state / f"measure-{site.layer}.npz"
+            if keep and path.is_file():
+                with np.load(path) as saved:
+                    layers[site.layer] = ExpertErrors(saved["norms"], saved["errors"])
+                progress(site.num_experts * sum(s.num_weights for s in self.source.shapes[site.path]))
+                continue
+            layers[site.layer] = measure_layer(self.source, tensors, site, self.config.expert_levels, progress)
+            if keep:
+                save_arrays(path, layers[site.layer]._asdict())
+        path = self.state / "measure-trunk.npz"
+        quantizable = [tensor for tensor in self.source.trunk if tensor.tensor_class]
+        if keep and path.is_file():
+            with np.load(path) as saved:
+                trunk = TrunkErrors(saved["norms"], saved["errors"])
+            progress(sum(int(np.prod(tensor.shape)) for tensor in quantizable))
+        else:
+            check_finite([tensor for tensor in self.source.trunk if not tensor.tensor_class], tensors)
+            trunk = measure_trunk(quantizable, tensors, progress)
+            if keep:
+                save_arrays(path, trunk._asdict())
+        return layers, trunk
+
+    def _allocator(self, measured: tuple[dict[int, ExpertErrors], TrunkErrors]) -> Allocator:
+        side = {name: len(data) for name, data in side_files(self.checkpoint.folder).items()}
+        return Allocator(self.source, self.config, *measured, side, describe(self.checkpoint))
+
+    def _keep_plan(self, plan: Plan) -> Plan:
+        """The allocation is an artefact too: a resumed run writes the rest of the files by the same plan."""
+        if not (self.state / PLAN_FILE).is_file():
+            write_whole(self.state / PLAN_FILE, plan.dumps().encode())
+        return Plan.load(self.state)
+
+    def _write(self, plan: Plan, progress: Progress) -> Plan:
+        """Writes every file that is not there yet. Returns the plan with hashes and measured entries."""
+        tensors = self.source.tensors()
+        formats = trunk_formats(plan)
+        files: dict[str, FileEntry] = {}
+        layers = []
+        for site, layer in zip(self.source.sites, plan.layers, strict=True):
+            done = self._done(layer.file)
+            if done is None:
+                entry, experts = write_layer(self.source, tensors, site, layer, self.folder, progress)
+                self._mark_done(layer.file, entry, experts)
+            else:
+                entry, experts = done
+                progress(site.num_experts * sum(shape.num_weights for shape in layer.projections))
+            files[layer.file] = entry
+            layers.append(layer._replace(experts=experts))
+        shards = trunk_shards(self.source, formats)
+        for i, shard in enumerate(shards):
+            name = shard_name(i, len(shards))
+            done = self._done(name)
+            if done is None:
+                entry = write_shard(shard, formats, tensors, self.folder / name, progress)
+                self._mark_done(name, entry, ())
+            else:
+                entry = done[0]
+                progress(sum(int(np.prod(tensor.shape)) for tensor in shard))
+            files[name] = entry
+        files |= self._write_side_files(plan)
+        expected = sum(
+            weight * entry.errors[p][-1]
+            for layer in layers
+            for p in range(len(layer.projections))
+            for weight, entry in zip(layer.weights[p], layer.experts, strict=True)
+        ) + sum(entry.weight * entry.error for entry in plan.trunk.values())
+        return Plan(**{**vars(plan), "layers": tuple(layers), "expected_loss": expected}).with_files(files)
+
+    def _write_side_files(self, plan: Plan) -> dict[str, FileEntry]:
+        contents = side_files(self.checkpoint.folder)
+        contents["config.json"] = output_config(self.source, plan.trunk).encode()
+        return {name: write_whole(self.folder / name, data) for name, data in contents.items()}
+
+    def _complete(self, plan: Plan, nbytes: int) -> None:
+        """plan.json, last of all files, filled up so that the folder has the bytes that the allocation counted."""
+        for layer in plan.layers:
+            assert all(len(e.crc32) == num_planes(max(e.levels)) for e in layer.experts)
+        text = plan.dumps().encode().rstrip()
+        write_whole(self.folder / PLAN_FILE, text.ljust(nbytes - plan.nbytes - 1) + b"\n")
+
+    def _publish(self) -> None:
+        """One rename: a reader sees the whole folder or none."""
+        shutil.rmtree(self.state)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+        os.rename(self.folder, self.output)
+        descriptor = os.open(self.output.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    # -- the work folder -----------------------------------------------------------------------------------------------
+
+    def _check_output(self, resume: bool, restart: bool) -> None:
+        if self.output.exists():
+            raise UserError(f"{self.output} exists already", "choose another folder, or delete it first")
+        if not self.output.parent.is_dir():
+            raise UserError(f"there is no folder {self.output.parent} to convert into", "create it first")
+        if resume and not self.state.is_dir() and not (self.folder / PLAN_FILE).is_file():
+            raise UserError(f"there is no unfinished conversion {self.folder} to resume", "leave out --resume")
+        if self.folder.exists() and not resume and not restart:
+            raise UserError(
+                f"{self.folder} holds an unfinished conversion", "go on with --resume, or start over with --restart"
+            )
+
+    def _claim(self) -> None:
+        """Records what this job is, or checks that the work found is the same job's."""
+        wanted: dict[str, Any] = {"mlxmoe": __version__, "source": describe(self.checkpoint), "settings": self.config.as_settings()}
+        path = self.state / "job.json"
+        if path.is_file():
+            found = json.loads(path.read_text())
+        elif (self.folder / PLAN_FILE).is_file():
+            plan = Plan.load(self.folder)
+            found = {**wanted, "source": plan.source, "settings": plan.settings}
+        else:
+            write_whole(path, json.dumps(wanted).encode())
+            return
+        changed = [key for key in ("mlxmoe", "source") if found.get(key) != wanted[key]]
+        before, now = found["settings"], wanted["settings"]
+        changed += [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        if changed:
+            raise UserError(
+                f"the unfinished conversion {self.folder} was started with other {' and '.join(changed)}",
+                "use the settings it was started with, or start over with --restart",
+            )
+
+    def _done(self, name: str) -> tuple[FileEntry, tuple[ExpertEntry, ...]] | None:
+        path = self.state / f"{name}.json"
+        if not path.is_file() or not (self.folder / name).is_file():
+            return None
+        saved = json.loads(path.read_text())
+        experts = tuple(
+            ExpertEntry(tuple(e[0]), tuple(map(tuple, e[1])), tuple(map(tuple, e[2])), tuple(e[3]))
+            for e in saved["experts"]
+        )
+        return FileEntry(*saved["file"]), experts
+
+    def _mark_done(self, name: str, entry: FileEntry, experts: tuple[ExpertEntry, ...]) -> None:
+        write_whole(self.state / f"{name}.json", json.dumps({"file": entry, "experts": experts}).encode())
+
+    @contextmanager
+    def _locked(self, restart: bool) -> Iterator[None]:
+        """One converter per work folder; the lock goes with the process, however it ends. `restart` empties the folder,
+        once it is certain that nobody works in it."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.state, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(f"another process is converting into {self.folder}", "wait for it to finish") from None
+        try:
+            if restart:
+                for path in (*self.state.iterdir(), *(p for p in self.folder.iterdir() if p != self.state)):
+                    path.unlink()
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _check_space(self, nbytes: int) -> None:
+        present = sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if free < nbytes - present:
+            raise UserError(
+                f"{self.output.parent} has {format_size(free)} free, the result needs {format_size(nbytes - present)} more",
+                "make room and run the same command with --resume",
+            )
+
+    @contextmanager
+    def _progress(self, passes: int) -> Iterator[Progress]:
+        total = passes * self.source.num_parameters
+        with tqdm(total=total, unit=" weights", unit_scale=True, desc="convert", disable=self._quiet) as bar:
+            yield bar.update
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which source this was: its name, the hash of its config, the sizes of its weight files."""
+    text = json.dumps(checkpoint.config, sort_keys=True).encode()
+    return {
+        "name": Path(checkpoint.name).name,
+        "config_sha256": hashlib.sha256(text).hexdigest(),
+        "files": {path.name: path.stat().st_size for path in checkpoint.shards},
+    }
+
+
+def error_space(folder: Path) -> int:
+    """Bytes that the work folder takes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

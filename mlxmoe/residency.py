@@ -1,0 +1,96 @@
+"""Which planes are resident: the plan's levels reduced, deterministically, to what the memory budget holds.
+
+Pure: from a plan and a number of bytes to a level per (layer, expert, projection). Memory counts what the runtime really
+keeps, which is not what the file takes: merged codes plus a scale and a bias per group in the activation's precision.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from mlxmoe.budget import Option, allocate, smallest_nbytes
+from mlxmoe.formats import LEVELS, MatrixShape
+from mlxmoe.plan import LayerPlan, Plan
+
+# levels[i][e][p]: bits of projection p of expert e in the i-th layer of the plan
+Levels = list[list[tuple[int, ...]]]
+
+
+class Residency(NamedTuple):
+    """levels[i][e][p] as resident, widths[i][p]: field width that all experts of a projection share (0: each its own),
+    bytes of memory, the expected loss of experts and trunk, and whether anything was reduced."""
+
+    levels: Levels
+    widths: list[tuple[int, ...]]
+    nbytes: int
+    expected_loss: float
+    reduced: bool
+
+    def histogram(self) -> dict[int, int]:
+        counts = Counter(level for layer in self.levels for expert in layer for level in expert)
+        return dict(sorted(counts.items()))
+
+
+def resident_nbytes(shape: MatrixShape, width: int, scale_nbytes: int) -> int:
+    """Memory of one expert matrix in fields of `width` bits: codes, and a scale and a bias per group."""
+    return shape.code_nbytes(width) + 2 * scale_nbytes * shape.num_groups
+
+
+def solve_residency(plan: Plan, budget: int | None, scale_nbytes: int, widen: bool) -> Residency:
+    """The levels with the least expected loss in `budget` bytes (None: everything that is written).
+
+    `widen`: where bytes are left, give all experts of a projection fields of one width, so that a call is one product.
+    It changes no result (experts.Bucket) and pays where a product costs per weight and not per byte: on the CPU backend.
+    Raises ValueError when the base planes alone exceed the budget; see `smallest_residency`.
+    """
+    items = _options(plan, scale_nbytes)
+    written = [max(options, key=lambda option: option.label) for options in items]
+    chosen = written if budget is None or _total(written) <= budget else allocate(items, budget)
+    flat = iter(chosen)
+    levels = [[tuple(next(flat).label for _ in layer.projections) for _ in layer.experts] for layer in plan.layers]
+    nbytes = _total(chosen)
+    widths = [(0,) * len(layer.projections) for layer in plan.layers]
+    if widen:
+        left = None if budget is None else budget - nbytes
+        widths, extra = _widen(plan.layers, levels, left)
+        nbytes += extra
+    trunk_loss = sum(entry.weight * entry.error for entry in plan.trunk.values())
+    loss = trunk_loss + sum(option.loss for option in chosen)
+    return Residency(levels, widths, nbytes, loss, chosen != written)
+
+
+def smallest_residency(plan: Plan, scale_nbytes: int) -> int:
+    """Bytes of memory with only the base plane of every expert."""
+    return smallest_nbytes(_options(plan, scale_nbytes))
+
+
+def _total(chosen: list[Option]) -> int:
+    return sum(option.nbytes for option in chosen)
+
+
+def _options(plan: Plan, scale_nbytes: int) -> list[list[Option]]:
+    return [
+        [
+            Option(level, resident_nbytes(shape, level, scale_nbytes), layer.weights[p][e] * error)
+            for level, error in zip(LEVELS, expert.errors[p], strict=False)
+        ]
+        for layer in plan.layers
+        for e, expert in enumerate(layer.experts)
+        for p, shape in enumerate(layer.projections)
+    ]
+
+
+def _widen(layers: tuple[LayerPlan, ...], levels: Levels, left: int | None) -> tuple[list[tuple[int, ...]], int]:
+    """Field width per (layer, projection), in layer order while the bytes last (None: no limit), and bytes spent."""
+    widths, spent = [], 0
+    for layer, experts in zip(layers, levels, strict=True):
+        row = []
+        for p, shape in enumerate(layer.projections):
+            widest = max(expert[p] for expert in experts)
+            extra = sum(shape.code_nbytes(widest) - shape.code_nbytes(expert[p]) for expert in experts)
+            fits = left is None or spent + extra <= left
+            row.append(widest if fits else 0)
+            spent += extra if fits else 0
+        widths.append(tuple(row))
+    return widths, spent
