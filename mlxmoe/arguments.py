@@ -9,7 +9,7 @@ from typing import Any
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --memory and --context: what `load.open_model` needs."""
+    """MODEL, --memory and --context: what opening a model needs."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -17,9 +17,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a converted folder, a Hub id, a Hugging Face folder or an MLX checkpoint (default: the demo model)",
     )
     parser.add_argument(
-        "--memory", metavar="SIZE", help="hard ceiling, such as 8GB (default: what this machine offers)"
+        "--memory", metavar="SIZE", help="hard ceiling on memory, such as 8GB (default: what this machine offers)"
     )
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of context to reserve memory for")
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of context to reserve memory for (default: the model's longest, at most 8192)",
+    )
 
 
 def note(text: str) -> None:

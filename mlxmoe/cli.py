@@ -1,0 +1,95 @@
+"""`mlxmoe COMMAND`: finds the command's module, parses its arguments, turns errors into one sentence and a hint.
+
+Each command is a module with `add_arguments(parser)` and `run(args)`, imported only when it is chosen, so that
+`mlxmoe --version` does not wait for MLX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from mlxmoe import __version__
+from mlxmoe.errors import UserError
+
+# command: (module, one line of help)
+COMMANDS = {
+    "chat": ("mlxmoe.chat", "talk with a model in the terminal"),
+    "generate": ("mlxmoe.generate", "continue one prompt and exit"),
+    "convert": ("mlxmoe.convert.cli", "turn a Hugging Face checkpoint into per-expert mixed precision"),
+    "inspect": ("mlxmoe.inspect", "show what a model is made of and what it would take to run it"),
+    "eval": ("mlxmoe.evaluate", "measure fidelity: KLD, top-1 agreement and perplexity against a reference"),
+    "bench": ("mlxmoe.bench.cli", "measure tok/s, time to first token, memory and bytes per token"),
+}
+
+
+def build_parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser, with the arguments of `command` only: the other modules are not imported."""
+    parser = argparse.ArgumentParser(
+        prog="mlxmoe",
+        description="Mixture-of-Experts language models on Apple Silicon.",
+        epilog="mlxmoe COMMAND --help shows the arguments of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlxmoe {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == command:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(sub)
+            sub.set_defaults(run=implementation.run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, 2 for bad input, 1 for a run that failed, 130 after Ctrl-C.
+
+    Raises SystemExit from argparse: 0 after --help and --version, 2 for arguments that it refuses.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments  # known before the parser is: importing a command can fail as well
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:  # it is where the program was started with stdout closed
+                sys.stdout.flush()  # here, where a reader that left is noticed quietly
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except UserError as error:
+        _show(debug, error.message, error.hint)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output left (`| head`), and there is nobody to tell: what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001 - the last word of the program, whatever failed
+        hint = "run it again with --debug for the traceback; if this looks like a fault of mlxmoe, please report it"
+        _show(debug, f"{type(error).__name__}: {error}", hint)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    command = next((a for a in arguments if not a.startswith("-")), None)
+    parser = build_parser(command)
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    return int(args.run(args) or 0)
+
+
+def _show(debug: bool, message: str, hint: str) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"mlxmoe: error: {message}\nhint: {hint}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
