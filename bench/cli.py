@@ -95,7 +95,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     from mlxmoe.bench.machine import machine_facts, peak_rss
     from mlxmoe.bench.timing import Ratio, interleave
     from mlxmoe.checkpoint import open_checkpoint
-    from mlxmoe.load import RuntimeConfig, open_model
+    from mlxmoe.loading import RuntimeConfig, open_model
     from mlxmoe.models import num_experts_per_token
 
     config = BenchConfig(args.prompt_tokens, args.tokens, args.repeats)

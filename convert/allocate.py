@@ -228,8 +228,8 @@ class Allocator:
         best = self._smallest(rules)
         if best.nbytes > target:
             return None
-        # What is not in the options (headers, padding, plan) depends a little on the choice: correct by what it was, then
-        # halve the interval between a budget that fits and one that does not.
+        # What is not in the options (headers, padding, plan) depends a little on the choice: correct by what it was,
+        # then halve the interval between a budget that fits and one that does not.
         budget, low, high = min(target - (best.nbytes - smallest), widest), smallest, widest + 1
         for step in range(_FIT_STEPS):
             decision = self._assemble(allocate(items, budget))

@@ -53,7 +53,7 @@ def parse_rule(text: str) -> tuple[str, Rule]:
     """`attention=8` or `embedding=4-6` -> class and lowest, highest bits. Raises UserError."""
     name, _, bits = text.partition("=")
     low, _, high = bits.partition("-")
-    if name not in DEFAULT_RULES or not low.isdigit() or (high and not high.isdigit()):
+    if name not in DEFAULT_RULES or not low.isdecimal() or (high and not high.isdecimal()):
         raise UserError(
             f"--bits {text!r} is not CLASS=BITS", f"classes: {', '.join(DEFAULT_RULES)}; example: --bits attention=8"
         )

@@ -222,7 +222,11 @@ class Job:
 
     def _claim(self) -> None:
         """Records what this job is, or checks that the work found is the same job's."""
-        wanted: dict[str, Any] = {"mlxmoe": __version__, "source": describe(self.checkpoint), "settings": self.config.as_settings()}
+        wanted: dict[str, Any] = {
+            "mlxmoe": __version__,
+            "source": describe(self.checkpoint),
+            "settings": self.config.as_settings(),
+        }
         path = self.state / "job.json"
         if path.is_file():
             found = json.loads(path.read_text())

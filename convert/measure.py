@@ -93,10 +93,10 @@ def measure_trunk(trunk: list[TrunkTensor], tensors: dict[str, mx.array], progre
 
 
 def check_finite(trunk: list[TrunkTensor], tensors: dict[str, mx.array]) -> None:
-    """Looks at tensors that are written as they are, each evaluated once and dropped from `tensors`. Raises UserError."""
+    """Raises UserError for values not finite in tensors that are written as they are. Takes them out of `tensors`."""
     for tensor in trunk:
         array = tensors.pop(tensor.name)
-        for _ in row_blocks(tensor.name, mx.atleast_1d(array)):
+        for _ in row_blocks(tensor.name, array.reshape(-1, *array.shape[-1:])):
             pass
 
 

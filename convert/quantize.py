@@ -53,6 +53,9 @@ def over_chunks(function: Callable[..., None], *arrays: np.ndarray) -> None:
     group_size = arrays[0].shape[1]
     step = max(1, _CHUNK_WEIGHTS // group_size)
     starts = range(0, len(arrays[0]), step)
+    if len(starts) == 1:
+        function(*arrays)
+        return
     list(_pool().map(lambda i: function(*(a[i : i + step] for a in arrays)), starts))
 
 

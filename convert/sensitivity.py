@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # KLD per unit of relative squared error when the whole class (all layers) has it.
-CLASS_WEIGHTS = {"head": 1.3, "embedding": 0.7, "attention": 1.2, "dense": 3.0, "shared": 0.22, "experts": 0.5}
+CLASS_WEIGHTS = {"head": 1.2, "embedding": 0.65, "attention": 1.0, "dense": 5.0, "shared": 0.2, "experts": 0.4}
 
 
 def trunk_weight(tensor_class: str, tensors_in_class: int, num_layers: int) -> float:

@@ -63,10 +63,18 @@ class Source:
         loaded: dict[str, mx.array] = {}
         for shard in self.checkpoint.shards:
             loaded.update(cast(dict[str, mx.array], mx.load(str(shard))))
-        tensors = _dequantized(self._build().sanitize(loaded), self._modules)
+        try:
+            tensors = _dequantized(self._build().sanitize(loaded), self._modules)
+        except UserError:
+            raise
+        except ValueError as error:  # MLX cannot stack or split tensors of these shapes
+            raise UserError(
+                f"{self.checkpoint.name}: tensors do not have the shapes that config.json says ({error})",
+                "config.json and weights do not belong together",
+            ) from None
         for name, shape in self._wanted.items():
             if name not in tensors:
-                raise UserError(f"{self.checkpoint.name} lacks the tensor {name}", "the checkpoint is incomplete")
+                raise UserError(f"{self.checkpoint.name} lacks the tensor {name}", "get the missing files")
             if tuple(tensors[name].shape) != shape:
                 raise UserError(
                     f"{self.checkpoint.name}: {name} has shape {tuple(tensors[name].shape)}, config.json says {shape}",

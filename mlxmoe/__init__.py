@@ -13,7 +13,7 @@ __all__ = ["UserError", "load"]
 
 if TYPE_CHECKING:
     from mlxmoe.errors import UserError
-    from mlxmoe.load import load
+    from mlxmoe.loading import load
 
 
 def __getattr__(name: str) -> Any:
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
     if name == "load":
         import importlib
 
-        return importlib.import_module("mlxmoe.load").load
+        return importlib.import_module("mlxmoe.loading").load
     if name == "UserError":
         from mlxmoe.errors import UserError
 

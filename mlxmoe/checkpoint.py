@@ -114,7 +114,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
+            wanted = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index} is damaged", "copy or download it again") from None
         missing = sorted(wanted - {path.name for path in found})

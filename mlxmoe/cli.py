@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from mlxmoe import __version__
 from mlxmoe.errors import UserError
@@ -27,9 +28,18 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse with the errors of the rest of the program: one sentence and a hint, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(
+            2, f"{self.format_usage()}mlxmoe: error: {message}\nhint: {self.prog} --help explains the arguments\n"
+        )
+
+
 def build_parser(command: str | None) -> argparse.ArgumentParser:
     """The parser, with the arguments of `command` only: the other modules are not imported."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mlxmoe",
         description="Mixture-of-Experts language models on Apple Silicon.",
         epilog="mlxmoe COMMAND --help shows the arguments of a command.",

@@ -1,7 +1,7 @@
 """`mlxmoe eval`: how far a model's next-token distribution is from a reference's, and its perplexity.
 
 Owns the choice of text (documents, windows, shares), the per-position scores and their summary; docs/measuring.md
-defines each number. Loading is left to load.py. Both models see the same tokens; nothing here samples.
+defines each number. Loading is left to loading.py. Both models see the same tokens; nothing here samples.
 """
 
 # B windows of a batch, T tokens of a window, V vocabulary, N scored positions
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mlxmoe.arguments import add_model_arguments, note, print_json
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.errors import UserError
-from mlxmoe.load import RuntimeConfig, open_model
+from mlxmoe.loading import RuntimeConfig, open_model
 from mlxmoe.units import format_size, parse_size
 
 LogitsFn = Callable[[mx.array], mx.array]  # tokens [B, T] -> logits [B, T, V]; every mlx-lm model is one

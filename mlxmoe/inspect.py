@@ -8,7 +8,15 @@ from typing import Any
 
 from mlxmoe.arguments import add_model_arguments, print_json
 from mlxmoe.experts import ExpertLayer
-from mlxmoe.load import Prepared, RuntimeConfig, choose_residency, machine_memory, prepare, smallest_memory
+from mlxmoe.loading import (
+    Prepared,
+    RuntimeConfig,
+    choose_residency,
+    full_memory,
+    machine_memory,
+    prepare,
+    smallest_memory,
+)
 from mlxmoe.models import max_context, num_experts_per_token
 from mlxmoe.plan import Plan
 from mlxmoe.units import format_size, parse_size
@@ -92,7 +100,7 @@ def _converted(plan: Plan) -> dict[str, Any]:
 
 def _budgets(prepared: Prepared, least: int) -> list[dict[str, Any]]:
     """The elastic curve of this file: mode and expected loss from the smallest memory to everything resident."""
-    full = prepared.nbytes_fixed(0) + choose_residency(prepared, 1 << 62).nbytes
+    full = full_memory(prepared)
     rows = []
     for i in range(_STEPS + 1):
         memory = least + (full - least) * i // _STEPS

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxmoe.errors import UserError
-from mlxmoe.formats import LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
+from mlxmoe.formats import GROUP_SIZES, LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = "mlxmoe-plan"
@@ -26,7 +26,8 @@ class ExpertEntry(NamedTuple):
     """One expert, a value per projection of its layer.
 
     levels[p]: bits written. errors[p][i]: squared error ||W - W_hat||^2 / ||W||^2 when only LEVELS[i] bits are used.
-    gains[p][i]: factor on the scale at LEVELS[i] below the level written (where it is 1). crc32[j]: checksum of the record of plane j.
+    gains[p][i]: factor on the scale at LEVELS[i] below the level written (where it is 1). crc32[j]: checksum of the
+    record of plane j.
     """
 
     levels: tuple[int, ...]
@@ -153,7 +154,7 @@ class Plan:
                 seed=data["seed"],
                 files={path: FileEntry(*entry) for path, entry in data["files"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"{name} is damaged: {type(error).__name__} {error}", "convert the model again") from None
 
     @classmethod
@@ -205,9 +206,30 @@ def _load_layer(data: dict[str, Any]) -> LayerPlan:
     experts = tuple(ExpertEntry(tuple(e[0]), tuples(e[1]), tuples(e[2]), tuple(e[3])) for e in data["experts"])
     weights = tuple(tuple(w) if isinstance(w, list) else (w,) * len(experts) for w in data["weights"])
     projections = tuple(MatrixShape(*p) for p in data["projections"])
-    return LayerPlan(data["layer"], data["path"], data["kind"], data["file"], projections, weights, experts)
+    layer = LayerPlan(data["layer"], data["path"], data["kind"], data["file"], projections, weights, experts)
+    _check_layer(layer)
+    return layer
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """Plain data, for tools."""
-    return asdict(plan)
+def _check_layer(layer: LayerPlan) -> None:
+    """Raises ValueError for values that no plan has, so that what reads a plan need not expect them."""
+    count = len(layer.projections)
+    for shape in layer.projections:
+        if (
+            shape.group_size not in GROUP_SIZES
+            or shape.rows < 1
+            or shape.columns < 1
+            or shape.columns % shape.group_size
+        ):
+            raise ValueError(f"layer {layer.layer}: {shape.name} is {list(shape)}")
+    if len(layer.weights) != count or any(len(weights) != len(layer.experts) for weights in layer.weights):
+        raise ValueError(f"layer {layer.layer}: weights do not fit its experts")
+    for e, entry in enumerate(layer.experts):
+        known = len(entry.levels) == len(entry.errors) == len(entry.gains) == count and set(entry.levels) <= set(LEVELS)
+        if not known or any(
+            (len(errors), len(gains)) != (num_planes(level), num_planes(level) - 1)
+            for level, errors, gains in zip(entry.levels, entry.errors, entry.gains, strict=True)
+        ):
+            raise ValueError(f"layer {layer.layer}, expert {e}: levels, errors and gains do not fit together")
+        if len(entry.crc32) != entry.num_planes:
+            raise ValueError(f"layer {layer.layer}, expert {e}: {len(entry.crc32)} checksums")

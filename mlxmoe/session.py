@@ -30,7 +30,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlxmoe.arguments import note
 from mlxmoe.errors import UserError
-from mlxmoe.load import Loaded, RuntimeConfig, open_model
+from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.units import format_size, parse_size
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlxmoe.load import Loaded, LoadReport
+from mlxmoe.loading import Loaded, LoadReport
 from mlxmoe.session import Engine
 
 CHATML = (

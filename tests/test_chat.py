@@ -20,7 +20,7 @@ from prompt_toolkit.output import DummyOutput
 from scripted_model import ScriptedModel, scripted
 
 from mlxmoe import chat, cli, session
-from mlxmoe.load import Loaded
+from mlxmoe.loading import Loaded
 from mlxmoe.session import Conversation, Engine
 
 ANSWERS = {"q": "an answer", "r": "another", "a\nb": "two lines", " /x": "a path"}

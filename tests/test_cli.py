@@ -132,6 +132,7 @@ def test_arguments_that_are_refused(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("usage: mlxmoe")
+    assert err.splitlines()[-1].startswith("hint: mlxmoe")
     assert words in err
     assert "Traceback" not in err
 

@@ -11,7 +11,7 @@ import pytest
 from scripted_model import scripted
 
 from mlxmoe import cli, session
-from mlxmoe.load import Loaded
+from mlxmoe.loading import Loaded
 
 ANSWERS = {"q": "an answer", "esc": "a\x1b[31mb", "long": "0123456789" * 5, "two\nlines": "yes", "empty": ""}
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlxmoe.errors import UserError
 from mlxmoe.formats import MatrixShape
@@ -90,3 +92,18 @@ def test_binary_plan(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not text"):
         Plan.load(tmp_path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_one_changed_character_is_read_or_refused(data: st.DataObject) -> None:
+    """Whatever a flipped byte does to plan.json, it is a plan or a UserError: never another exception."""
+    text = make_plan().dumps()
+    at = data.draw(st.integers(0, len(text) - 1))
+    changed = text[:at] + data.draw(st.sampled_from('0123456789-.,[]{}":aeE \n')) + text[at + 1 :]
+    try:
+        plan = Plan.loads(changed)
+    except UserError:
+        return
+    plan.dumps()
+    plan.level_histogram()

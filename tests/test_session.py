@@ -13,7 +13,7 @@ import pytest
 from scripted_model import FixedCache, ScriptedModel, held, scripted
 
 from mlxmoe.errors import UserError
-from mlxmoe.load import Loaded, RuntimeConfig, open_model
+from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.session import (
     CPU_PREFILL_STEP,
     Conversation,

@@ -177,7 +177,7 @@ class Prepared(NamedTuple):
         return self.nbytes_trunk + self.nbytes_experts + self.nbytes_kv + self.reserve(memory).nbytes
 
 
-def prepare(source: str | Path | None, config: RuntimeConfig = RuntimeConfig()) -> Prepared:  # noqa: B008
+def prepare(source: str | Path | None, config: RuntimeConfig = RuntimeConfig()) -> Prepared:
     """Opens and checks a model and adds up what it needs, without reading its weights. Raises UserError."""
     checkpoint = open_checkpoint(source)
     context = _context(checkpoint, config)
@@ -210,7 +210,14 @@ def smallest_memory(prepared: Prepared) -> int:
     return prepared.nbytes_least + prepared.reserve(0).nbytes
 
 
-def open_model(source: str | Path | None, config: RuntimeConfig = RuntimeConfig()) -> Loaded:  # noqa: B008
+def full_memory(prepared: Prepared) -> int:
+    """The least --memory with which everything that a converted folder holds is resident."""
+    assert prepared.plan is not None
+    scale_nbytes = activation_dtype(prepared.checkpoint.config).size
+    return prepared.nbytes_fixed(0) + solve_residency(prepared.plan, None, scale_nbytes, widen=False).nbytes
+
+
+def open_model(source: str | Path | None, config: RuntimeConfig = RuntimeConfig()) -> Loaded:
     """Like `load`, and says what was chosen. Sets MLX's memory limit and cache limit for this process."""
     prepared = prepare(source, config)
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -333,12 +340,16 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def _load_tokenizer(checkpoint: Checkpoint, model_config: dict[str, Any]) -> Any:
     try:
-        return load_tokenizer(checkpoint.folder, eos_token_ids=model_config.get("eos_token_id"))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = load_tokenizer(checkpoint.folder, eos_token_ids=model_config.get("eos_token_id"))
+        if len(tokenizer.get_vocab()) < 2:  # what transformers makes of a folder without one
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{checkpoint.name} has no usable tokenizer ({str(error).splitlines()[0]})",
+            f"{checkpoint.name} has no usable tokenizer ({reason})",
             "copy tokenizer.json and tokenizer_config.json of the original model into the folder",
         ) from error
+    return tokenizer
 
 
 def _verify_trunk(checkpoint: Checkpoint, plan: Plan) -> None:
