@@ -119,7 +119,7 @@ class Chat:
     def answer(self, text: str) -> None:
         """Streams the answer, then a line of stats. On a terminal Ctrl-C ends the answer, and twice ends it at once."""
         engine = self.conversation.engine
-        progress = PromptProgress(engine.prefill_step)
+        progress = PromptProgress(engine.report.prefill_step)
         with _calling_on_interrupt(engine.stop) if self.interactive else nullcontext():
             print_answer(self.conversation.reply(text, progress), progress)
         stats = engine.stats

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     engine = open_engine(args)
     tokens = _encode(engine, prompt, args)
     _set_length(engine, args.max_tokens, len(tokens))
-    progress = PromptProgress(engine.prefill_step)
+    progress = PromptProgress(engine.report.prefill_step)
     print_answer(engine.stream(tokens, progress), progress)
     stats = engine.stats
     assert stats is not None

@@ -49,7 +49,9 @@ from mlxmoe.store import ExpertStore, record_parts
 from mlxmoe.units import format_size, parse_size
 
 DEFAULT_CONTEXT = 8192  # tokens that memory is reserved for when nobody says
-_PREFILL_STEP, _PREFILL_MAX = 32, 2048  # tokens per prefill chunk: its unit and smallest, and the most that pays
+PREFILL_UNIT = 32  # tokens per prefill chunk: the smallest, and what others are multiples of
+# The most. On a CPU larger chunks gain nothing, and Ctrl-C has to wait for one to end.
+PREFILL_MAX_GPU, PREFILL_MAX_CPU = 2048, 256
 
 
 @dataclass(frozen=True)
@@ -427,9 +429,10 @@ def _reserve(config: dict[str, Any], context: int, nbytes_kv: int, memory: int, 
     fused = mx.default_device() != mx.cpu and not latent
     per_token = max(0 if fused else 6 * heads * context * itemsize, pairs) + 12 * hidden * itemsize
     fixed = nbytes_kv + 2 * latent * context * itemsize + 16 * int(text["vocab_size"])
-    share = min(memory // 8, memory - nbytes_least, fixed + _PREFILL_MAX * per_token)
-    nbytes = max(share, fixed + _PREFILL_STEP * per_token)
-    return Reserve(nbytes, (nbytes - fixed) // per_token // _PREFILL_STEP * _PREFILL_STEP)
+    most = PREFILL_MAX_CPU if mx.default_device() == mx.cpu else PREFILL_MAX_GPU
+    share = min(memory // 8, memory - nbytes_least, fixed + most * per_token)
+    nbytes = max(share, fixed + PREFILL_UNIT * per_token)
+    return Reserve(nbytes, (nbytes - fixed) // per_token // PREFILL_UNIT * PREFILL_UNIT)
 
 
 def _too_small(checkpoint: Checkpoint, memory: int, least: int, hint: str) -> UserError:

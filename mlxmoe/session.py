@@ -38,7 +38,6 @@ Progress = Callable[[int, int], None]  # prompt tokens read so far, prompt token
 
 SAVE_FORMAT = "mlxmoe-conversation"
 SAVE_VERSION = 1
-CPU_PREFILL_STEP = 256  # prompt tokens
 PENALTY_CONTEXT = 20  # tokens that the repetition penalty looks back on: mlx-lm's default
 
 # All control characters but newline and tab. C1 too: U+009B alone starts a terminal escape sequence.
@@ -199,12 +198,6 @@ class Engine:
         self._cache, self._cached = None, []
 
     @property
-    def prefill_step(self) -> int:
-        """Prompt tokens per forward pass: what memory is reserved for; on a CPU fewer, so that Ctrl-C need not wait."""
-        reserved = self.report.prefill_step
-        return min(reserved, CPU_PREFILL_STEP) if mx.default_device() == mx.Device(mx.cpu) else reserved
-
-    @property
     def num_cached_tokens(self) -> int:
         return len(self._cached)
 
@@ -237,7 +230,7 @@ class Engine:
             sampler=self.sampling.draw,
             logits_processors=self._processors(prompt[:cached_tokens]),
             prompt_cache=cache,
-            prefill_step_size=self.prefill_step,
+            prefill_step_size=self.report.prefill_step,
             prompt_progress_callback=progress,
         )
         try:

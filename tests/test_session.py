@@ -8,14 +8,12 @@ import math
 import os
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from scripted_model import FixedCache, ScriptedModel, held, scripted
 
 from mlxmoe.errors import UserError
 from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.session import (
-    CPU_PREFILL_STEP,
     Conversation,
     Engine,
     Sampling,
@@ -382,10 +380,15 @@ def test_sampling_of_the_model(tmp_path: Path, content: object, expected: Sampli
     assert model_sampling(tmp_path) == expected
 
 
-@pytest.mark.parametrize(("reserved", "used"), [(32, 32), (2048, CPU_PREFILL_STEP)])
-def test_prefill_step_is_at_most_what_is_reserved(reserved: int, used: int) -> None:
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    assert Engine(scripted({}, prefill_step=reserved)).prefill_step == (used if on_cpu else reserved)
+def test_prefill_step_is_what_is_reserved() -> None:
+    """mlx-lm reports progress after every chunk: the chunks are those of the load report."""
+    loaded = scripted({}, prefill_step=32)
+    seen: list[int] = []
+    for _ in Engine(loaded, max_tokens=1).stream(
+        [1 + i % 20 for i in range(100)], lambda done, total: seen.append(done)
+    ):
+        pass
+    assert seen[:4] == [0, 32, 64, 96]
 
 
 def parse(*argv: str) -> argparse.Namespace:
