@@ -15,7 +15,7 @@ export MLXMOE_PROMPT := $(value PROMPT)
 unexport PROMPT
 endif
 
-.PHONY: help chat test clean
+.PHONY: help chat test clang clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,14 +27,25 @@ help:
 chat: .venv/installed
 	@$(BIN)/python -m mlxmoe.cli chat $(ONCE)
 
-test: .venv/installed-dev
+test: .venv/installed-dev clang
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest
 
+# The tests that execute Metal kernels compile them with clang-19 (x86-64 Linux). Where it cannot be had they are skipped,
+# with a line that says so; with CI=true that is a failure.
+clang:
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v clang-19 >/dev/null && command -v apt-get >/dev/null \
+	  && [ "$$(id -u)" = 0 ]; then \
+	  echo 'Installing clang-19 for the tests of the Metal kernels; this happens once.' >&2; \
+	  { apt-get -o APT::Sandbox::User=root update -qq; \
+	    apt-get -o APT::Sandbox::User=root install -y -qq --no-install-recommends clang-19; } >&2 \
+	  || echo 'clang-19 could not be installed: tests of Metal kernels are skipped' >&2; \
+	fi
+
 clean:
-	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find mlxmoe convert bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # What pip says goes to stderr: stdout belongs to the answer. The development install holds the plain one.

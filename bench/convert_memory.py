@@ -20,12 +20,12 @@ from mlxmoe.errors import UserError
 from mlxmoe.units import format_size
 
 # Both children end with their own peak on stdout's last line: only the process itself can tell it (machine.peak_rss)
-_IMPORTS = "import mlx.core, mlxmoe.convert.cli, mlxmoe.bench.machine as machine; print(); print(machine.peak_rss())"
+_IMPORTS = "import mlx.core, mlxmoe.convert.cli, mlxmoe.machine as machine; print(); print(machine.peak_rss())"
 _COMMAND = """
 import sys
 from mlxmoe.cli import main
 status = main(sys.argv[1:])
-from mlxmoe.bench.machine import peak_rss
+from mlxmoe.machine import peak_rss
 print()
 print(peak_rss())
 sys.exit(status)

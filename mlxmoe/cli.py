@@ -25,6 +25,10 @@ COMMANDS = {
     "inspect": ("mlxmoe.inspect", "show what a model is made of and what it would take to run it"),
     "eval": ("mlxmoe.evaluate", "measure fidelity: KLD, top-1 agreement and perplexity against a reference"),
     "bench": ("mlxmoe.bench.cli", "measure tok/s, time to first token, memory and bytes per token"),
+    "bench-kernels": (
+        "mlxmoe.bench.kernels",
+        "check the Metal kernels on the shapes of real models (also: bench kernels)",
+    ),
 }
 
 
@@ -86,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:2] == [
+        "bench",
+        "kernels",
+    ]:  # a command of its own, as it takes no model, under the name people expect
+        arguments = ["bench-kernels", *arguments[2:]]
     command = next((a for a in arguments if not a.startswith("-")), None)
     parser = build_parser(command)
     args = parser.parse_args(arguments)

@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from mlxmoe.formats import MatrixShape
+from mlxmoe.kernels import ExpertBanks, MetalKernels, ReferenceKernels, expert_outputs
 
 SORT_FROM = 64  # (token, expert) pairs from which it pays to touch the experts in order (as mlx-lm does)
 
@@ -68,9 +69,6 @@ class PlaneLinear(nn.Module):
     def nbytes(self) -> int:
         """Resident bytes of the expert matrices, without the bias (which is an ordinary parameter)."""
         return sum(bucket.nbytes for bucket in self._buckets)
-
-    def resident_arrays(self) -> list[mx.array]:
-        return [array for bucket in self._buckets for array in bucket[1:]] + self._rows
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x [..., 1, K] with the expert of each row in indices [...] -> [..., 1, N]."""
@@ -154,3 +152,30 @@ class ExpertLayer(nn.Module):
         else:
             activated = self.activation(hidden[0])
         return last(activated, indices, sorted_indices=sorted_indices)
+
+
+class KernelExperts(nn.Module):
+    """The routed experts of one layer through the project's kernels, straight from their resident planes.
+
+    Called like ExpertLayer. Rows do not depend on what else is in a call beyond the choice between the decode and the
+    prefill kernels, which goes by the number of pairs.
+    """
+
+    def __init__(self, banks: ExpertBanks, kernels: MetalKernels | ReferenceKernels):
+        super().__init__()
+        self._banks, self._kernels = banks, kernels
+
+    @property
+    def num_experts(self) -> int:
+        return self._banks.gate.num_experts
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of all experts of the layer, without biases."""
+        return sum(bank.nbytes for bank in self._banks[:3] if bank is not None)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x [..., D], indices [..., A] int -> [..., A, D]."""
+        flat = indices.reshape(-1, indices.shape[-1]).astype(mx.uint32)
+        outputs = expert_outputs(self._kernels, self._banks, x.reshape(-1, x.shape[-1]), flat)
+        return outputs.reshape(*indices.shape, x.shape[-1])

@@ -17,24 +17,16 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 
+from mlxmoe.banks import fill_buckets, plane_banks
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.errors import UserError
-from mlxmoe.experts import Bucket, ExpertLayer, PlaneLinear
-from mlxmoe.formats import (
-    PLANE_WIDTHS,
-    MatrixShape,
-    array_bytes,
-    join_planes,
-    level_scale,
-    num_planes,
-    pack_codes,
-    unpack_codes,
-)
+from mlxmoe.experts import ExpertLayer, KernelExperts, PlaneLinear
+from mlxmoe.formats import SCALE_NBYTES
+from mlxmoe.kernels import TABLE_WIDTH, ExpertBanks, MetalKernels, ReferenceKernels, activation_of
 from mlxmoe.models import (
     expert_sites,
     max_context,
@@ -43,9 +35,8 @@ from mlxmoe.models import (
     num_experts_per_token,
     text_config,
 )
-from mlxmoe.plan import LayerPlan, Plan
+from mlxmoe.plan import Plan
 from mlxmoe.residency import Residency, smallest_residency, solve_residency
-from mlxmoe.store import ExpertStore, record_parts
 from mlxmoe.units import format_size, parse_size
 
 DEFAULT_CONTEXT = 8192  # tokens that memory is reserved for when nobody says
@@ -61,6 +52,7 @@ class RuntimeConfig:
 
     memory: int | None = None
     context: int | None = None
+    kernels: MetalKernels | ReferenceKernels | None = None  # run a converted folder's experts on these
 
 
 @dataclass(frozen=True)
@@ -159,6 +151,7 @@ class Prepared(NamedTuple):
     nbytes_trunk: int
     nbytes_experts: int  # 0 for a converted folder: that is what the budget decides
     nbytes_kv: int
+    kernels: MetalKernels | ReferenceKernels | None  # what the experts run on; None: MLX's built-ins
     nbytes_largest: int  # the largest array that is read: as long as it is stacked and cast, it is there twice
 
     def reserve(self, memory: int) -> Reserve:
@@ -168,10 +161,14 @@ class Prepared(NamedTuple):
         return reserve._replace(nbytes=max(reserve.nbytes, self.nbytes_largest - self.nbytes_kv))
 
     @property
+    def group_nbytes(self) -> int:
+        """Memory per group of expert weights: a float16 scale, or a scale and a bias in the activation's precision."""
+        return SCALE_NBYTES if self.kernels is not None else 2 * activation_dtype(self.checkpoint.config).size
+
+    @property
     def nbytes_least(self) -> int:
         """Bytes without buffers that it cannot run with less of: of a converted folder with the base planes only."""
-        scale_nbytes = activation_dtype(self.checkpoint.config).size
-        nbytes_base = smallest_residency(self.plan, scale_nbytes) if self.plan is not None else self.nbytes_experts
+        nbytes_base = smallest_residency(self.plan, self.group_nbytes) if self.plan is not None else self.nbytes_experts
         return self.nbytes_trunk + nbytes_base + self.nbytes_kv
 
     def nbytes_fixed(self, memory: int) -> int:
@@ -187,21 +184,31 @@ def prepare(source: str | Path | None, config: RuntimeConfig = RuntimeConfig()) 
     model, model_config = _load_trunk(checkpoint, plan)
     nbytes_kv = _kv_nbytes(model, context)
     nbytes_each = [array.nbytes for array in named_arrays(model.parameters()).values()]
-    nbytes_experts = 0 if plan is not None else sum(layer.nbytes for layer in _expert_layers(model))
+    nbytes_experts = 0 if plan is not None else sum(layer.nbytes for layer in _expert_layers(model).values())
     nbytes_trunk = sum(nbytes_each) - nbytes_experts
+    kernels = config.kernels if plan is not None and _kernels_fit(model) else None
+    if plan is not None and kernels is not None:
+        matrices = sum(len(layer.experts) * len(layer.projections) for layer in plan.layers)
+        nbytes_trunk += matrices * TABLE_WIDTH * mx.int32.size
     return Prepared(
-        checkpoint, model, model_config, plan, context, nbytes_trunk, nbytes_experts, nbytes_kv, max(nbytes_each)
+        *(checkpoint, model, model_config, plan, context, nbytes_trunk, nbytes_experts, nbytes_kv),
+        kernels=kernels,
+        nbytes_largest=max(nbytes_each),
     )
+
+
+def _kernels_fit(model: nn.Module) -> bool:
+    """Whether the kernels know the activation of every layer's experts."""
+    return all(activation_of(layer.activation) is not None for layer in _expert_layers(model).values())
 
 
 def choose_residency(prepared: Prepared, memory: int) -> Residency:
     """What of a converted folder is resident under `memory` bytes in all. Raises UserError when the bases do not fit."""
     assert prepared.plan is not None
-    scale_nbytes = activation_dtype(prepared.checkpoint.config).size
-    # A product costs per weight, not per byte, on the CPU backend only: there, spare memory buys fewer calls.
-    widen = mx.default_device() == mx.cpu
+    # A built-in product costs per weight, not per byte, on the CPU backend: there, spare memory buys fewer calls.
+    widen = mx.default_device() == mx.cpu and prepared.kernels is None
     try:
-        return solve_residency(prepared.plan, memory - prepared.nbytes_fixed(memory), scale_nbytes, widen)
+        return solve_residency(prepared.plan, memory - prepared.nbytes_fixed(memory), prepared.group_nbytes, widen)
     except ValueError:
         least = smallest_memory(prepared)
         raise _too_small(prepared.checkpoint, memory, least, "a shorter --context needs less") from None
@@ -215,8 +222,7 @@ def smallest_memory(prepared: Prepared) -> int:
 def full_memory(prepared: Prepared) -> int:
     """The least --memory with which everything that a converted folder holds is resident."""
     assert prepared.plan is not None
-    scale_nbytes = activation_dtype(prepared.checkpoint.config).size
-    return prepared.nbytes_fixed(0) + solve_residency(prepared.plan, None, scale_nbytes, widen=False).nbytes
+    return prepared.nbytes_fixed(0) + solve_residency(prepared.plan, None, prepared.group_nbytes, widen=False).nbytes
 
 
 def open_model(source: str | Path | None, config: RuntimeConfig = RuntimeConfig()) -> Loaded:
@@ -235,7 +241,7 @@ def open_model(source: str | Path | None, config: RuntimeConfig = RuntimeConfig(
     for array in named_arrays(prepared.model.parameters()).values():
         mx.eval(array)  # one after the other, so that only one is there twice
     if plan is not None and residency is not None:
-        _fill(prepared.model, checkpoint, plan, residency, reserve.nbytes)
+        _fill(prepared, residency, reserve.nbytes)
     report = LoadReport(
         source=checkpoint.name,
         folder=checkpoint.folder,
@@ -320,8 +326,9 @@ def _module(model: nn.Module, path: str) -> Any:
     return model
 
 
-def _expert_layers(model: nn.Module) -> list[ExpertLayer]:
-    return [module for _, module in model.named_modules() if isinstance(module, ExpertLayer)]
+def _expert_layers(model: nn.Module) -> dict[str, ExpertLayer]:
+    """Module path -> layer."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ExpertLayer)}
 
 
 def activation_dtype(config: dict[str, Any]) -> mx.Dtype:
@@ -455,90 +462,20 @@ def _limit_memory(memory: int, nbytes_buffers: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, plan: Plan, residency: Residency, nbytes_buffers: int) -> None:
-    """Reads the resident planes of every layer and merges them into the layer's banks."""
-    # Weights unpacked at a time: up to 40 bytes each while it lasts, inside the reserve for buffers.
-    chunk = max(1 << 14, min(1 << 22, nbytes_buffers // 64))
-    dtype = activation_dtype(checkpoint.config)
-    with ExpertStore(checkpoint.folder, plan.layers) as store:
-        for layer, levels, widths in zip(plan.layers, residency.levels, residency.widths, strict=True):
-            module = _module(model, layer.path)
-            records = [_read_expert(store, layer, e, levels[e]) for e in range(len(layer.experts))]
-            for p, shape in enumerate(layer.projections):
-                filler = _BankFiller(layer, p, records, [expert[p] for expert in levels], dtype, chunk)
-                getattr(module, shape.name).fill(filler.buckets(widths[p]))
-
-
-def _read_expert(store: ExpertStore, layer: LayerPlan, expert: int, levels: tuple[int, ...]) -> list[np.ndarray]:
-    """The records of the planes that the resident levels need."""
-    return [store.read(layer.layer, expert, plane) for plane in range(max(num_planes(level) for level in levels))]
-
-
-class _BankFiller:
-    """Merges the planes of one projection of a layer into buckets."""
-
-    def __init__(
-        self,
-        layer: LayerPlan,
-        projection: int,
-        records: list[list[np.ndarray]],
-        levels: list[int],
-        dtype: mx.Dtype,
-        chunk: int,
-    ):
-        self._layer, self._projection, self._records = layer, projection, records
-        self._levels, self._dtype = levels, dtype
-        self._shape: MatrixShape = layer.projections[projection]
-        self._step = max(1, chunk // self._shape.num_weights)
-
-    def buckets(self, width: int) -> list[tuple[list[int], Bucket]]:
-        """One bucket of the given field width, or (0) one per resident level."""
-        widths = {e: width or level for e, level in enumerate(self._levels)}
-        return [
-            (experts, self._bucket(experts, bits))
-            for bits in sorted(set(widths.values()))
-            if (experts := [e for e in widths if widths[e] == bits])
-        ]
-
-    def _bucket(self, experts: list[int], bits: int) -> Bucket:
-        shape = self._shape
-        words = mx.zeros((len(experts), shape.rows, shape.code_nbytes(bits) // 4 // shape.rows), mx.uint32)
-        mx.eval(words)
-        bank = np.frombuffer(array_bytes(words), np.uint32).reshape(words.shape)  # written in place
-        groups = shape.columns // shape.group_size
-        scales = np.empty((len(experts), shape.rows, groups), np.float32)
-        biases = np.empty_like(scales)
-        for row, expert in enumerate(experts):
-            level = self._levels[expert]
-            entry = self._layer.experts[expert]
-            written, gains = entry.levels[self._projection], entry.gains[self._projection]
-            factor = level_scale(written, level, 1.0 if level == written else gains[num_planes(level) - 1])
-            stored = self._part(expert, 0, "scales").view(np.float16).reshape(shape.rows, groups)
-            np.multiply(stored, np.float32(factor), out=scales[row], dtype=np.float32)
-            np.multiply(scales[row], np.float32(-((1 << level) - 1) / 2), out=biases[row])
-        for level in sorted({self._levels[e] for e in experts}):
-            rows = [row for row, e in enumerate(experts) if self._levels[e] == level]
-            for start in range(0, len(rows), self._step):
-                part = rows[start : start + self._step]
-                codes = self._codes([experts[row] for row in part], level)
-                bank[part] = np.array(pack_codes(codes, bits))
-        arrays = words, mx.array(scales).astype(self._dtype), mx.array(biases).astype(self._dtype)
-        mx.eval(arrays)
-        return Bucket(bits, *arrays)
-
-    def _codes(self, experts: list[int], level: int) -> mx.array:
-        """uint8 [n, N, K]: the first `level` bits of these experts' codes."""
-        planes = []
-        for plane, width in enumerate(PLANE_WIDTHS[: num_planes(level)]):
-            words = np.stack(
-                [self._part(e, plane, "words").view(np.uint32).reshape(self._shape.rows, -1) for e in experts]
-            )
-            planes.append(unpack_codes(mx.array(words), width, self._shape.columns))
-        return join_planes(planes)
-
-    def _part(self, expert: int, plane: int, field_name: str) -> np.ndarray:
-        """uint8 view of one array of a record."""
-        for part in record_parts(self._layer, self._layer.experts[expert], plane):
-            if (part.projection, part.field) == (self._projection, field_name):
-                return self._records[expert][plane][part.offset : part.offset + part.nbytes]
-        raise AssertionError(f"no {field_name} of projection {self._projection} in plane {plane}")
+def _fill(prepared: Prepared, residency: Residency, nbytes_buffers: int) -> None:
+    """Reads the resident planes and gives every layer its experts: merged for MLX's built-ins, or as they are for the
+    kernels, whose layers take the place of the built-ins'."""
+    assert prepared.plan is not None
+    layers, folder = _expert_layers(prepared.model), prepared.checkpoint.folder
+    if prepared.kernels is None:
+        chunk = max(1 << 14, min(1 << 22, nbytes_buffers // 64))  # 40 bytes a weight stay inside the reserve
+        dtype = activation_dtype(prepared.checkpoint.config)
+        fill_buckets(layers, folder, prepared.plan, residency, dtype, chunk)
+        return
+    replaced = []
+    for path, (first, *between, last) in plane_banks(layers, folder, prepared.plan, residency):
+        activation = activation_of(layers[path].activation)
+        assert activation is not None
+        banks = ExpertBanks(first, between[0] if between else None, last, activation)
+        replaced.append((path, KernelExperts(banks, prepared.kernels)))
+    prepared.model.update_modules(tree_unflatten(replaced))

@@ -36,19 +36,20 @@ class Residency(NamedTuple):
         return dict(sorted(counts.items()))
 
 
-def resident_nbytes(shape: MatrixShape, width: int, scale_nbytes: int) -> int:
-    """Memory of one expert matrix in fields of `width` bits: codes, and a scale and a bias per group."""
-    return shape.code_nbytes(width) + 2 * scale_nbytes * shape.num_groups
+def resident_nbytes(shape: MatrixShape, width: int, group_nbytes: int) -> int:
+    """Memory of one expert matrix in fields of `width` bits: codes, and `group_nbytes` per group (MLX's products read a
+    scale and a bias in the activation's precision, the kernels a float16 scale)."""
+    return shape.code_nbytes(width) + group_nbytes * shape.num_groups
 
 
-def solve_residency(plan: Plan, budget: int | None, scale_nbytes: int, widen: bool) -> Residency:
+def solve_residency(plan: Plan, budget: int | None, group_nbytes: int, widen: bool) -> Residency:
     """The levels with the least expected loss in `budget` bytes (None: everything that is written).
 
     `widen`: where bytes are left, give all experts of a projection fields of one width, so that a call is one product.
     It changes no result (experts.Bucket) and pays where a product costs per weight and not per byte: on the CPU backend.
     Raises ValueError when the base planes alone exceed the budget; see `smallest_residency`.
     """
-    items = _options(plan, scale_nbytes)
+    items = _options(plan, group_nbytes)
     written = [max(options, key=lambda option: option.label) for options in items]
     chosen = written if budget is None or _total(written) <= budget else allocate(items, budget)
     flat = iter(chosen)
@@ -64,19 +65,19 @@ def solve_residency(plan: Plan, budget: int | None, scale_nbytes: int, widen: bo
     return Residency(levels, widths, nbytes, loss, chosen != written)
 
 
-def smallest_residency(plan: Plan, scale_nbytes: int) -> int:
+def smallest_residency(plan: Plan, group_nbytes: int) -> int:
     """Bytes of memory with only the base plane of every expert."""
-    return smallest_nbytes(_options(plan, scale_nbytes))
+    return smallest_nbytes(_options(plan, group_nbytes))
 
 
 def _total(chosen: list[Option]) -> int:
     return sum(option.nbytes for option in chosen)
 
 
-def _options(plan: Plan, scale_nbytes: int) -> list[list[Option]]:
+def _options(plan: Plan, group_nbytes: int) -> list[list[Option]]:
     return [
         [
-            Option(level, resident_nbytes(shape, level, scale_nbytes), layer.weights[p][e] * error)
+            Option(level, resident_nbytes(shape, level, group_nbytes), layer.weights[p][e] * error)
             for level, error in zip(LEVELS, expert.errors[p], strict=False)
         ]
         for layer in plan.layers

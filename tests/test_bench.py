@@ -24,11 +24,11 @@ from mlxmoe import checkpoint as checkpoints
 from mlxmoe.bench import baseline, convert_memory
 from mlxmoe.bench.checkpoint import CheckpointShape, shape_of_size, tensors, write_checkpoint
 from mlxmoe.bench.decode import arrays, cache_bytes, fixed_prompt, measure, weight_bytes_per_token
-from mlxmoe.bench.machine import machine_facts, peak_rss
 from mlxmoe.bench.timing import Ratio, Spread, interleave
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
 from mlxmoe.errors import UserError
+from mlxmoe.machine import machine_facts, peak_rss
 
 SHAPE = CheckpointShape(max_position_embeddings=128)
 D, F, E, K, V = SHAPE.hidden_size, SHAPE.moe_intermediate_size, SHAPE.num_experts, SHAPE.num_experts_per_tok, 320
@@ -355,9 +355,7 @@ def test_checkpoints_come_in_the_size_asked_for() -> None:
 
 
 def test_writing_a_checkpoint_takes_constant_memory(tmp_path: Path) -> None:
-    start = (
-        "import sys; from pathlib import Path; from mlxmoe.bench.checkpoint import *; from mlxmoe.bench import machine;"
-    )
+    start = "import sys; from pathlib import Path; from mlxmoe.bench.checkpoint import *; from mlxmoe import machine;"
     write = "write_checkpoint(Path(sys.argv[1]), shape_of_size(96 << 20, 8));"
     end = "print(machine.peak_rss())"
     idle = convert_memory.measure_child(start + end, [])
@@ -369,7 +367,7 @@ def test_a_child_reports_its_own_peak_and_not_ours() -> None:
     ours = np.ones(200 << 20, np.uint8)
     assert peak_rss() > ours.nbytes
     code = "x = bytearray(b'1') * (int(sys.argv[1]) << 20); print(peak_rss())"
-    code = "import sys; from mlxmoe.bench.machine import peak_rss; " + code
+    code = "import sys; from mlxmoe.machine import peak_rss; " + code
     small, large = (convert_memory.measure_child(code, [n]) for n in ("1", "65"))
     assert small < 100 << 20
     assert large - small == pytest.approx(64 << 20, rel=0.1)
@@ -381,7 +379,7 @@ def test_a_child_reports_its_own_peak_and_not_ours() -> None:
 STUB = """
 import sys
 from pathlib import Path
-from mlxmoe.bench.machine import peak_rss
+from mlxmoe.machine import peak_rss
 assert sys.argv[1] == "convert" and sys.argv[4:] == ["--bpw", "3.5"]
 Path(sys.argv[3]).mkdir()
 data = b"".join(p.read_bytes() for p in sorted(Path(sys.argv[2]).glob("*.safetensors")))
@@ -393,7 +391,7 @@ print(peak_rss())
 
 def test_convert_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(convert_memory, "_COMMAND", STUB)
-    monkeypatch.setattr(convert_memory, "_IMPORTS", "from mlxmoe.bench.machine import peak_rss; print(peak_rss())")
+    monkeypatch.setattr(convert_memory, "_IMPORTS", "from mlxmoe.machine import peak_rss; print(peak_rss())")
     monkeypatch.setattr(convert_memory.tempfile, "tempdir", str(tmp_path))
     assert main(["bench", "--convert-memory", "32MB", "--layers", "4", "--bpw", "3.5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

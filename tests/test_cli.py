@@ -177,7 +177,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("usage: mlxmoe ")
     assert err == ""
     for command, (_, text) in COMMANDS.items():
-        assert f"    {command} " in out
+        assert f"    {command} " in out.replace("\n", " \n")
         assert text in " ".join(out.split())
 
 
@@ -203,6 +203,9 @@ def test_quick_without_mlx(arguments: list[str]) -> None:
     command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+TAKES_NO_MODEL = {"bench-kernels", "doctor"}
 
 
 def subparser(command: str) -> argparse.ArgumentParser:
@@ -246,7 +249,7 @@ def test_help_of_context_says_what_the_loader_does() -> None:
 # -- the real commands -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in TAKES_NO_MODEL])
 def test_no_such_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command says what is wrong in two lines and leaves nothing behind."""
     assert main(no_such_folder(command, tmp_path)) == 2
@@ -277,3 +280,14 @@ def check_no_such_folder(out: str, err: str, folder: Path) -> None:
     assert "nothing" in error
     assert hint.startswith("hint: ")
     assert list(folder.iterdir()) == []
+
+
+def test_bench_kernels_is_two_words_or_one(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for words in (["bench", "kernels"], ["bench-kernels"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, "--help"])
+        assert stopped.value.code == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert "--models" in texts[0]

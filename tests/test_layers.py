@@ -16,11 +16,12 @@ LOADER = "loading"
 # Lowest first. The modules of one line do not know each other.
 PACKAGE_LAYERS = [
     ["errors"],
-    ["units", "arguments"],
-    ["formats", "budget"],
-    ["plan"],
+    ["units", "arguments", "machine"],
+    ["formats", "budget", "router"],
+    ["plan", "kernels"],
     ["reference", "store", "residency"],
     ["checkpoint", "models", "experts"],
+    ["banks"],
     [LOADER],
     ["session", "evaluate", "inspect"],
     ["chat", "generate"],
@@ -36,7 +37,7 @@ CONVERT_LAYERS = [
     ["cli", "make_demo"],
 ]
 BENCH_LAYERS = [
-    ["checkpoint", "decode", "machine", "timing"],
+    ["checkpoint", "decode", "timing", "kernels"],
     ["baseline", "class_weights", "convert_memory"],
     ["cli"],
 ]

@@ -17,7 +17,7 @@ SHAPES = (
     MatrixShape("up_proj", 64, 128, 128),
     MatrixShape("down_proj", 128, 64, 64),
 )
-SCALE = 4  # bytes of a float32
+GROUP = 8  # bytes of a float32 scale and bias
 
 
 def make_plan(seed: int = 0, num_layers: int = 2, num_experts: int = 5) -> Plan:
@@ -42,7 +42,7 @@ def make_plan(seed: int = 0, num_layers: int = 2, num_experts: int = 5) -> Plan:
 def nbytes_of(residency: Residency) -> int:
     """Counted again, matrix by matrix."""
     return sum(
-        resident_nbytes(shape, widths[p] or expert[p], SCALE)
+        resident_nbytes(shape, widths[p] or expert[p], GROUP)
         for layer, widths in zip(residency.levels, residency.widths, strict=True)
         for expert in layer
         for p, shape in enumerate(SHAPES)
@@ -51,13 +51,13 @@ def nbytes_of(residency: Residency) -> int:
 
 def test_resident_bytes_by_hand() -> None:
     """64 x 128 codes of 3 bits are 3,072 bytes; 64 groups with a float32 scale and bias each are 512."""
-    assert resident_nbytes(SHAPES[0], 3, SCALE) == 64 * 128 * 3 // 8 + 64 * 2 * 4 == 3584
+    assert resident_nbytes(SHAPES[0], 3, GROUP) == 64 * 128 * 3 // 8 + 64 * 2 * 4 == 3584
 
 
 @pytest.mark.parametrize("widen", [False, True])
 def test_no_budget_keeps_everything(widen: bool) -> None:
     plan = make_plan()
-    residency = solve_residency(plan, None, SCALE, widen)
+    residency = solve_residency(plan, None, GROUP, widen)
     assert residency.levels == [[expert.levels for expert in layer.experts] for layer in plan.layers]
     assert not residency.reduced
     assert residency.nbytes == nbytes_of(residency)
@@ -74,27 +74,27 @@ def test_no_budget_keeps_everything(widen: bool) -> None:
 @pytest.mark.parametrize("widen", [False, True])
 def test_every_budget_is_kept_and_more_never_hurts(seed: int, widen: bool) -> None:
     plan = make_plan(seed)
-    low = smallest_residency(plan, SCALE)
-    high = solve_residency(plan, None, SCALE, widen).nbytes
+    low = smallest_residency(plan, GROUP)
+    high = solve_residency(plan, None, GROUP, widen).nbytes
     previous = float("inf")
     for budget in range(low, high + 1, max(1, (high - low) // 40)):
-        residency = solve_residency(plan, budget, SCALE, widen)
+        residency = solve_residency(plan, budget, GROUP, widen)
         assert residency.nbytes == nbytes_of(residency) <= budget
         assert residency.expected_loss <= previous * 1.02  # a gap filled greedily may be traded for a better upgrade
         previous = residency.expected_loss
         for layer, levels in zip(plan.layers, residency.levels, strict=True):
             for expert, kept in zip(layer.experts, levels, strict=True):
                 assert all(a <= b for a, b in zip(kept, expert.levels, strict=True))
-    assert not solve_residency(plan, high, SCALE, widen).reduced
+    assert not solve_residency(plan, high, GROUP, widen).reduced
 
 
 def test_widening_only_spends_what_is_left() -> None:
     """The levels are those without widening; widths cover them and are ones that unpack quickly."""
     plan = make_plan(1)
-    low, high = smallest_residency(plan, SCALE), solve_residency(plan, None, SCALE, True).nbytes
+    low, high = smallest_residency(plan, GROUP), solve_residency(plan, None, GROUP, True).nbytes
     widened = 0
     for budget in np.linspace(low, high, 9).astype(int).tolist():
-        narrow, wide = (solve_residency(plan, budget, SCALE, widen) for widen in (False, True))
+        narrow, wide = (solve_residency(plan, budget, GROUP, widen) for widen in (False, True))
         assert narrow.levels == wide.levels
         assert all(width == 0 for row in narrow.widths for width in row)
         for layer, widths in zip(wide.levels, wide.widths, strict=True):
@@ -107,12 +107,12 @@ def test_widening_only_spends_what_is_left() -> None:
 
 def test_the_least_that_works_works_and_a_byte_less_does_not() -> None:
     plan = make_plan()
-    least = smallest_residency(plan, SCALE)
-    residency = solve_residency(plan, least, SCALE, True)
+    least = smallest_residency(plan, GROUP)
+    residency = solve_residency(plan, least, GROUP, True)
     assert residency.nbytes <= least
     assert residency.histogram() == {2: 30}
     with pytest.raises(ValueError, match="exceed the budget by 1 bytes"):
-        solve_residency(plan, least - 1, SCALE, True)
+        solve_residency(plan, least - 1, GROUP, True)
 
 
 def test_sensitive_experts_keep_their_planes_longest() -> None:
@@ -120,15 +120,15 @@ def test_sensitive_experts_keep_their_planes_longest() -> None:
     entry = ExpertEntry((4, 4, 4), ((0.1, 0.03, 0.008),) * 3, ((0.9, 0.97),) * 3)
     layer = LayerPlan(0, "m", "glu", "f", SHAPES, ((0.1, 0.9),) * 3, (entry, entry))
     plan = replace(make_plan(), layers=(layer,))
-    extra = resident_nbytes(SHAPES[0], 4, SCALE) - resident_nbytes(SHAPES[0], 2, SCALE)
-    levels = solve_residency(plan, smallest_residency(plan, SCALE) + 3 * extra, SCALE, False).levels[0]
+    extra = resident_nbytes(SHAPES[0], 4, GROUP) - resident_nbytes(SHAPES[0], 2, GROUP)
+    levels = solve_residency(plan, smallest_residency(plan, GROUP) + 3 * extra, GROUP, False).levels[0]
     assert all(light <= heavy for light, heavy in zip(*levels, strict=True))
     assert sum(levels[1]) > sum(levels[0])
 
 
 def test_same_input_same_levels() -> None:
-    budgets = [smallest_residency(make_plan(), SCALE) + 4000 * i for i in range(5)]
-    first, second = ([solve_residency(make_plan(), b, SCALE, True) for b in budgets] for _ in range(2))
+    budgets = [smallest_residency(make_plan(), GROUP) + 4000 * i for i in range(5)]
+    first, second = ([solve_residency(make_plan(), b, GROUP, True) for b in budgets] for _ in range(2))
     assert first == second
     assert len({str(r.levels) for r in first}) > 1
     assert all(a.expected_loss > b.expected_loss for a, b in itertools.pairwise(first))

@@ -54,7 +54,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    root = Path(__file__).resolve().parents[1]  # the checkout: this folder is mounted in the package by a link
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     commit = _output(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"])

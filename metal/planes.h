@@ -1,0 +1,137 @@
+// The plane format (docs/formats.md) as the kernels read it: which words belong to an expert, and the products of its
+// rows. What a kernel does with the sums is its own file's business.
+#pragma once
+
+#include "units.h"
+
+constant constexpr int TABLE_WIDTH = 8;  // level, word offset of each of up to 5 planes, two spare words
+
+// One projection of all experts of a layer: see PlaneBank in mlxmoe/kernels.py.
+struct PlaneBank {
+  const device uint32_t* words;  // planes of all experts, each at the word offset that the table gives
+  const device int32_t* table;   // [E, TABLE_WIDTH]
+  const device half* scales;     // [E, N, K / G] of the resident level
+};
+
+// The same projection of one expert. A 2-bit plane has width 2, 1-bit planes are the second and the third.
+struct ExpertPlanes {
+  const device uint32_t* words;
+  const device half* scales;
+  int num_planes;
+  float centre;  // (2^level - 1) / 2: what a code is counted from
+  int offset0, offset1, offset2, offset3, offset4;
+};
+
+template <int N, int K, int G>
+METAL_FUNC ExpertPlanes find_expert(PlaneBank bank, int expert) {
+  const device int32_t* entry = bank.table + expert * TABLE_WIDTH;
+  ExpertPlanes planes;
+  const int level = entry[0];
+  planes.words = bank.words;
+  planes.scales = bank.scales + int64_t(expert) * (N * (K / G));
+  planes.num_planes = level < 5 ? level - 1 : level / 2 + 1;  // 2, 3, 4, 6, 8 -> 1, 2, 3, 4, 5
+  planes.centre = 0.5f * float((1 << level) - 1);
+  planes.offset0 = entry[1];
+  planes.offset1 = entry[2];
+  planes.offset2 = entry[3];
+  planes.offset3 = entry[4];
+  planes.offset4 = entry[5];
+  return planes;
+}
+
+// Adds to sums[r] the product of one unit of activations (`x`, their sum `total`) with rows first_row + r of an expert.
+// Rows beyond the last are read as the last one, so that no lane leaves the loop; the caller drops them.
+//
+// The loop over planes stays a loop: its body holds each width once, so that all levels fit the instruction cache.
+template <int K, int G, int ROWS>
+METAL_FUNC void add_unit(
+    ExpertPlanes expert,
+    const thread float* x,
+    float total,
+    int unit,
+    int first_row,
+    int last_row,
+    thread float* sums) {
+  float dots[ROWS];
+#pragma clang loop unroll(full)
+  for (int r = 0; r < ROWS; r++) {
+    dots[r] = 0.0f;
+  }
+#pragma clang loop unroll(disable)
+  for (int p = 0; p < expert.num_planes; p++) {
+    const int offset = p == 0 ? expert.offset0
+        : p == 1              ? expert.offset1
+        : p == 2              ? expert.offset2
+        : p == 3              ? expert.offset3
+                              : expert.offset4;
+    const device uint32_t* plane = expert.words + offset;
+    if (p == 1 || p == 2) {
+#pragma clang loop unroll(full)
+      for (int r = 0; r < ROWS; r++) {
+        const int row = min(first_row + r, last_row);
+        const uint word = plane[row * (K / UNIT) + unit];
+        dots[r] = fma(dots[r], 2.0f, dot_one_bit(word, x));
+      }
+    } else {
+      const device uint2* pairs = (const device uint2*)plane;
+#pragma clang loop unroll(full)
+      for (int r = 0; r < ROWS; r++) {
+        const int row = min(first_row + r, last_row);
+        const uint2 words = pairs[row * (K / UNIT) + unit];
+        dots[r] = fma(dots[r], 4.0f, dot_two_bit(words, x));
+      }
+    }
+  }
+  const float centre = expert.centre * total;
+#pragma clang loop unroll(full)
+  for (int r = 0; r < ROWS; r++) {
+    const int row = min(first_row + r, last_row);
+    const float scale = float(expert.scales[row * (K / G) + unit * UNIT / G]);
+    sums[r] = fma(scale, dots[r] - centre, sums[r]);
+  }
+}
+
+// Eight codes of row `row` from column 8 * eighth on, counted from the centre: exact in half and bfloat. Planes are read as 16 bits (2-bit planes) or
+// 8 bits (1-bit planes), which both hold eight codes.
+template <int K>
+METAL_FUNC void load_codes(ExpertPlanes expert, int row, int eighth, thread float* values) {
+  const int index = row * (K / 8) + eighth;
+  uint codes[8];
+#pragma clang loop unroll(full)
+  for (int i = 0; i < 8; i++) {
+    codes[i] = 0;
+  }
+#pragma clang loop unroll(disable)
+  for (int p = 0; p < expert.num_planes; p++) {
+    const int offset = p == 0 ? expert.offset0
+        : p == 1              ? expert.offset1
+        : p == 2              ? expert.offset2
+        : p == 3              ? expert.offset3
+                              : expert.offset4;
+    const bool one_bit = p == 1 || p == 2;
+    const device uint32_t* plane = expert.words + offset;
+    const uint fields =
+        one_bit ? uint(((const device uint8_t*)plane)[index]) : uint(((const device uint16_t*)plane)[index]);
+    const uint width = one_bit ? 1 : 2;
+    const uint mask = one_bit ? 1 : 3;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < 8; i++) {
+      codes[i] = (codes[i] << width) | ((fields >> (uint(i) * width)) & mask);
+    }
+  }
+#pragma clang loop unroll(full)
+  for (int i = 0; i < 8; i++) {
+    values[i] = float(codes[i]) - expert.centre;
+  }
+}
+
+template <int K, int G>
+METAL_FUNC float group_scale(ExpertPlanes expert, int row, int group) {
+  return float(expert.scales[row * (K / G) + group]);
+}
+
+// Codes are counted from their centre: nothing is added.
+template <int K, int G>
+METAL_FUNC float group_bias(ExpertPlanes, int, int) {
+  return 0.0f;
+}

@@ -1,0 +1,658 @@
+"""The Metal kernels of metal/ as Python functions, and their meaning: MetalKernels and ReferenceKernels have the same
+methods. docs/kernels.md has layouts, launches and measured traffic.
+
+Owns what lies in memory for the kernels (PlaneBank), the launch geometry and the kernel objects. Which experts are
+resident at which level is decided elsewhere, and so is when a kernel is used instead of MLX's built-ins.
+
+MetalKernels takes the factory that makes a kernel from its text: mx.fast.metal_kernel on a Mac, metalsim's stand-in in
+the tests, which so execute this very code and the same text.
+
+Shapes: T tokens, A active experts per token, P = T * A pairs, E experts, D model dim, F expert dim, N rows and K columns
+of a projection, G group size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.activations import SwigluOAI
+from mlx_lm.models.gemma4_text import GeGLU
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU
+
+from mlxmoe.formats import (
+    LEVELS,
+    PLANE_WIDTHS,
+    MatrixShape,
+    PackedMatrix,
+    array_bytes,
+    dequantize_codes,
+    join_planes,
+    level_scale,
+    num_planes,
+    unpack_codes,
+    words_per_row,
+)
+from mlxmoe.router import SCORES, Router, Routing
+from mlxmoe.router import route as route_reference
+
+# The same names and values in metal/
+UNIT = 32  # columns that one lane takes at a time
+TABLE_WIDTH = 8  # level, word offset of each plane, spare words
+ACTIVATIONS = ("swiglu", "swiglu_oai", "geglu", "relu2")
+HADAMARD_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+
+_ALIGNMENT = 4  # words: planes start on 16 bytes
+_ROWS = 8  # products that share one read of the activations
+_MAX_SIMDGROUPS = 8
+_TILE_OUTPUTS = 32  # BN in metal/expert_prefill.metal
+
+MetalKernel = Callable[..., list[mx.array]]
+MetalKernelFactory = Callable[..., MetalKernel]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the kernels read
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlaneBank:
+    """One projection of all experts of a layer, each at its own level, as tight as the planes themselves.
+
+    words uint32 [W]: the resident planes, expert after expert, most significant first, each starting on 16 bytes (no
+    byte is lost for that where K is a multiple of 64 and N of 2). table int32 [E, TABLE_WIDTH]: level, then the word
+    offset of each plane. scales float16 [E, N, K/G]: of the resident level, with its gain and the factor 2^(written -
+    level) in it. bias [E, N] or None.
+    """
+
+    shape: MatrixShape
+    words: mx.array
+    table: mx.array
+    scales: mx.array
+    bias: mx.array | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.table.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the expert matrices, without the bias (an ordinary parameter of the model)."""
+        return self.words.nbytes + self.table.nbytes + self.scales.nbytes
+
+    @classmethod
+    def empty(cls, shape: MatrixShape, levels: Sequence[int], bias: mx.array | None = None) -> PlaneBank:
+        """A bank for experts of these levels, all zero: fill it with write_plane and write_scales before its first use."""
+        table = np.zeros((len(levels), TABLE_WIDTH), np.int32)
+        end = 0
+        for expert, level in enumerate(levels):
+            table[expert, 0] = level
+            for plane in range(num_planes(level)):
+                table[expert, 1 + plane] = end
+                end += -(-shape.plane_nbytes(plane) // 4 // _ALIGNMENT) * _ALIGNMENT
+        words = mx.zeros((end,), mx.uint32)
+        scales = mx.zeros((len(levels), shape.rows, shape.columns // shape.group_size), mx.float16)
+        mx.eval(words, scales)
+        return cls(shape, words, mx.array(table), scales, bias)
+
+    @classmethod
+    def from_matrices(
+        cls, matrices: Sequence[PackedMatrix], levels: Sequence[int], bias: mx.array | None = None
+    ) -> PlaneBank:
+        """The first `levels[e]` bits of every expert's matrix."""
+        bank = cls.empty(matrices[0].shape, levels, bias)
+        for expert, (matrix, level) in enumerate(zip(matrices, levels, strict=True)):
+            for plane in range(num_planes(level)):
+                bank.write_plane(expert, plane, array_bytes(matrix.planes[plane]))
+            factor = level_scale(matrix.level, level, matrix.gains.get(level, 1.0))
+            bank.write_scales(expert, np.array(matrix.scales), factor)
+        return bank
+
+    def write_plane(self, expert: int, plane: int, data: Any) -> None:
+        """Copies one packed plane (any buffer of plane_nbytes bytes) into place. No kernel may be reading the bank."""
+        nbytes = self.shape.plane_nbytes(plane)
+        start = 4 * int(np.array(self.table[expert, 1 + plane]))
+        array_bytes(self.words)[start : start + nbytes] = memoryview(data).cast("B")
+
+    def write_scales(self, expert: int, scales: np.ndarray, factor: float) -> None:
+        """Sets the scales of one expert: the stored ones [N, K/G] times the factor of the resident level, in float16."""
+        bank = np.frombuffer(array_bytes(self.scales), np.float16).reshape(self.scales.shape)
+        np.multiply(
+            scales.reshape(bank.shape[1:]), np.float32(factor), out=bank[expert], dtype=np.float32, casting="unsafe"
+        )
+
+    def dequantize(self, expert: int) -> mx.array:
+        """float32 [N, K]: what the words and scales of one expert stand for. Reads the table on the host."""
+        rows, columns = self.shape.rows, self.shape.columns
+        level, *offsets = np.array(self.table[expert]).tolist()
+        codes = []
+        for plane in range(num_planes(level)):
+            width = PLANE_WIDTHS[plane]
+            row_words = words_per_row(columns, width)
+            words = self.words[offsets[plane] : offsets[plane] + rows * row_words].reshape(rows, row_words)
+            codes.append(unpack_codes(words, width, columns))
+        return dequantize_codes(join_planes(codes), self.scales[expert], level)
+
+
+@dataclass(frozen=True)
+class QuantizedBank:
+    """One projection of all experts of a layer in a stock MLX format, as mlx-lm's QuantizedSwitchLinear holds it.
+
+    words uint32 [E, N, K * bits / 32]. mode affine: scales and biases [E, N, K/G] of one float type, 2, 3, 4, 6 or 8 bits.
+    mode mxfp4: scales uint8 [E, N, K/32] and no biases. bias [E, N] or None.
+    """
+
+    shape: MatrixShape
+    words: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    bits: int
+    mode: str = "affine"
+    bias: mx.array | None = None
+
+    @classmethod
+    def from_linear(cls, linear: QuantizedSwitchLinear, name: str = "") -> QuantizedBank | None:
+        """The bank of a loaded layer, sharing its arrays, or None for a format that has no kernel."""
+        affine = linear.mode == "affine" and linear.bits in LEVELS
+        if not affine and not (linear.mode == "mxfp4" and linear.get("global_scale") is None):
+            return None
+        shape = MatrixShape(name, linear.output_dims, linear.input_dims, linear.group_size)
+        bias = linear.get("bias")
+        return cls(shape, linear.weight, linear.scales, linear.get("biases"), linear.bits, linear.mode, bias)
+
+    @property
+    def num_experts(self) -> int:
+        return self.words.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes of the expert matrices, without the bias."""
+        return self.words.nbytes + self.scales.nbytes + (self.biases.nbytes if self.biases is not None else 0)
+
+    def dequantize(self, expert: int) -> mx.array:
+        """float32 [N, K]."""
+        scales, biases = self.scales[expert], self.biases
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases[expert].astype(mx.float32)
+        weight = mx.dequantize(
+            self.words[expert], scales, biases, group_size=self.shape.group_size, bits=self.bits, mode=self.mode
+        )
+        return weight.astype(mx.float32)
+
+
+Bank = PlaneBank | QuantizedBank
+
+
+class _Format(NamedTuple):
+    """How a bank looks to a kernel: its type in metal/, and the arrays that make it up, in the type's order."""
+
+    metal_type: str
+    arrays: tuple[str, ...]
+
+
+_FORMATS = {
+    "planes": _Format("PlaneBank", ("words", "table", "scales")),
+    "affine": _Format("AffineBank<BITS, S>", ("words", "scales", "biases")),
+    "mxfp4": _Format("Mxfp4Bank", ("words", "scales")),
+}
+
+
+def _format_name(bank: Bank) -> str:
+    return "planes" if isinstance(bank, PlaneBank) else bank.mode
+
+
+def _arrays(bank: Bank) -> list[mx.array]:
+    return [getattr(bank, name) for name in _FORMATS[_format_name(bank)].arrays]
+
+
+def _format_template(bank: Bank) -> list[tuple[str, Any]]:
+    """The template arguments of the bank's type."""
+    if _format_name(bank) != "affine":
+        return []
+    assert isinstance(bank, QuantizedBank)
+    return [("BITS", bank.bits), ("S", bank.scales.dtype)]
+
+
+class Activation(NamedTuple):
+    """Between the first and the last projection; alpha and limit belong to swiglu_oai."""
+
+    kind: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def activation_of(module: Any) -> Activation | None:
+    """The activation that a module of mlx-lm stands for, or None where the kernels have no such activation."""
+    if isinstance(module, SwigluOAI):
+        return Activation("swiglu_oai", module._alpha, module._limit)
+    kinds = {SwiGLU: "swiglu", GeGLU: "geglu", nn.ReLU2: "relu2"}
+    kind = kinds.get(type(module))
+    return Activation(kind) if kind is not None else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The meaning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ReferenceKernels:
+    """Every kernel in plain MLX built-ins and float32; results in the activations' type. Reads the routing on the host."""
+
+    def expert_gate_up(
+        self, x: mx.array, experts: mx.array, gate: Bank, up: Bank | None, activation: Activation
+    ) -> mx.array:
+        """x [T, D], experts [T, A] -> activated hidden values [T, A, F]. `up` is None for relu2."""
+        gates = _products(x, experts, gate)
+        ups = _products(x, experts, up) if up is not None else gates
+        return _activate(gates, ups, activation).astype(x.dtype)
+
+    def expert_down(self, hidden: mx.array, experts: mx.array, weights: mx.array, down: Bank) -> mx.array:
+        """hidden [T, A, F], experts [T, A], router weights [T, A] -> their weighted sum [T, D]."""
+        products = _products(hidden, experts, down)
+        return (products * weights.astype(mx.float32)[..., None]).sum(axis=1).astype(hidden.dtype)
+
+    def expert_gemm(self, x: mx.array, rows: mx.array, offsets: mx.array, bank: Bank) -> mx.array:
+        """x [R, K], rows [M] of it in the order of the experts, offsets int32 [E + 1] of each expert's first row in that
+        order -> [M, N], each row's product with its expert, plus the bias."""
+        starts = np.array(offsets)
+        parts = [mx.zeros((0, bank.shape.rows))]
+        for expert in range(bank.num_experts):
+            mine = rows[int(starts[expert]) : int(starts[expert + 1])]
+            if mine.size:
+                product = x[mine].astype(mx.float32) @ bank.dequantize(expert).T
+                parts.append(product if bank.bias is None else product + bank.bias[expert].astype(mx.float32))
+        return mx.concatenate(parts).astype(x.dtype)
+
+    def hadamard_blocks(self, x: mx.array, signs: mx.array, block: int) -> mx.array:
+        """x [..., K] -> each block of `block` columns times signs [K], then the orthonormal Hadamard transform."""
+        signed = x.astype(mx.float32) * signs.astype(mx.float32)
+        blocks = signed.reshape(*x.shape[:-1], -1, block)
+        return mx.hadamard_transform(blocks, scale=block**-0.5).reshape(x.shape).astype(x.dtype)
+
+    def route(self, logits: mx.array, bias: mx.array | None, router: Router) -> Routing:
+        """See router.route."""
+        return route_reference(logits, bias, router)
+
+
+def _activate(gates: mx.array, ups: mx.array, activation: Activation) -> mx.array:
+    if activation.kind == "swiglu":
+        return nn.silu(gates) * ups
+    if activation.kind == "swiglu_oai":
+        gates = mx.minimum(gates, activation.limit)
+        ups = mx.clip(ups, -activation.limit, activation.limit)
+        return (ups + 1) * gates * mx.sigmoid(activation.alpha * gates)
+    if activation.kind == "geglu":
+        return nn.gelu_approx(gates) * ups
+    return mx.square(mx.maximum(gates, 0))
+
+
+def _products(x: mx.array, experts: mx.array, bank: Bank) -> mx.array:
+    """x [T, K] or [T, A, K], experts [T, A] -> float32 [T, A, N], with the bias."""
+    routed = np.array(experts)
+    weights = {expert: bank.dequantize(expert) for expert in np.unique(routed).tolist()}
+    rows = []
+    for token, chosen in enumerate(routed.tolist()):
+        for slot, expert in enumerate(chosen):
+            row = x[token] if x.ndim == 2 else x[token, slot]
+            product = weights[expert] @ row.astype(mx.float32)
+            rows.append(product if bank.bias is None else product + bank.bias[expert].astype(mx.float32))
+    return mx.stack(rows).reshape(*experts.shape, bank.shape.rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def metal_source(name: str) -> str:
+    """A file of metal/ with the files of metal/ that it includes in their place: MLX compiles without include paths."""
+
+    def expand(name: str, seen: set[str]) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (resources.files("mlxmoe") / "metal" / name).read_text(encoding="ascii")
+        text = text.replace("#pragma once\n", "")
+        return re.sub(r'^#include "([\w.]+)"$', lambda match: expand(match[1], seen), text, flags=re.MULTILINE)
+
+    return expand(name, set())
+
+
+class _Kernel(NamedTuple):
+    """A kernel's text as mx.fast.metal_kernel takes it, without the choices that are template arguments."""
+
+    name: str
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: str
+
+
+def _bank_inputs(prefix: str, name: str) -> tuple[str, ...]:
+    return tuple(prefix + array for array in _FORMATS[name].arrays)
+
+
+def _bank_value(prefix: str, name: str) -> str:
+    """The expression that makes a bank from its arrays."""
+    return f"{_FORMATS[name].metal_type}{{{', '.join(_bank_inputs(prefix, name))}}}"
+
+
+@cache
+def _gate_up(name: str) -> _Kernel:
+    gate, up = _bank_inputs("gate_", name), _bank_inputs("up_", name)
+    return _Kernel(
+        f"expert_gate_up_{name}",
+        "expert_decode.metal",
+        ("x", "experts", *gate, *up, "gate_bias", "up_bias", "parameters"),
+        ("hidden",),
+        f"""expert_gate_up<T, D, F, A, G, LANES, ROWS, ACTIVATION, BIAS>(
+    x, experts, {_bank_value("gate_", name)}, {_bank_value("up_", name)},
+    gate_bias, up_bias, parameters, hidden, thread_position_in_grid, thread_index_in_simdgroup);""",
+    )
+
+
+@cache
+def _down(name: str) -> _Kernel:
+    return _Kernel(
+        f"expert_down_{name}",
+        "expert_decode.metal",
+        ("x", "experts", "weights", *_bank_inputs("", name), "bias"),
+        ("out",),
+        f"""threadgroup float partial[SIMDGROUPS * ROWS * (32 / LANES)];
+expert_down<T, D, F, A, G, LANES, ROWS, SIMDGROUPS, BIAS>(
+    x, experts, weights, {_bank_value("", name)}, bias, out, partial,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);""",
+    )
+
+
+@cache
+def _gemm(name: str) -> _Kernel:
+    return _Kernel(
+        f"expert_gemm_{name}",
+        "expert_prefill.metal",
+        ("x", "rows", "offsets", *_bank_inputs("", name), "bias"),
+        ("out",),
+        f"""threadgroup T x_tile[BM * (BK + PAD)];
+threadgroup T code_tile[BN * (BK + PAD)];
+threadgroup float scale_tile[8 * BN];
+threadgroup float bias_tile[AFFINE ? 8 * BN : 1];
+threadgroup float scratch[AFFINE ? BM * 8 : BM * 4];
+expert_gemm<T, E, N, K, G, BM, BK, AFFINE, BIAS>(
+    x, rows, offsets, {_bank_value("", name)}, bias, out,
+    x_tile, code_tile, scale_tile, bias_tile, scratch,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);""",
+    )
+
+
+_HADAMARD = _Kernel(
+    "hadamard_blocks",
+    "hadamard.metal",
+    ("x", "signs"),
+    ("y",),
+    """threadgroup float exchange[SIMDGROUPS > 1 ? BLOCK : 1];
+hadamard_blocks<T, COLUMNS, BLOCK, SIMDGROUPS>(
+    x, signs, y, exchange, threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);""",
+)
+_ROUTE = _Kernel(
+    "route",
+    "route.metal",
+    ("logits", "bias", "parameters"),
+    ("experts", "weights"),
+    """threadgroup float values[TOP_GROUPS < GROUPS ? E : 1];
+route<E, TOP_K, SCORE, BIAS, GROUPS, TOP_GROUPS, TOP2, NORMALISE>(
+    logits, bias, parameters, experts, weights, values, threadgroup_position_in_grid.x, thread_index_in_simdgroup);""",
+)
+
+
+class MetalKernels:
+    """The kernels on a GPU. `metal_kernel` makes a kernel from its text; None is mx.fast.metal_kernel.
+
+    Activations are float16 or bfloat16 (or float32), sums float32. Nothing is read on the host and nothing waits.
+    """
+
+    def __init__(self, metal_kernel: MetalKernelFactory | None = None):
+        self._metal_kernel: MetalKernelFactory = metal_kernel or cast(MetalKernelFactory, mx.fast.metal_kernel)
+        self._made: dict[str, MetalKernel] = {}
+        self._parameters: dict[Activation, mx.array] = {}
+        self._router_parameters: dict[Router, mx.array] = {}
+
+    @staticmethod
+    def available() -> bool:
+        """Whether this process has a Metal GPU."""
+        return mx.metal.is_available()
+
+    def expert_gate_up(
+        self, x: mx.array, experts: mx.array, gate: Bank, up: Bank | None, activation: Activation
+    ) -> mx.array:
+        """As ReferenceKernels.expert_gate_up, in one dispatch."""
+        (tokens, columns), active, rows = x.shape, experts.shape[-1], gate.shape.rows
+        lanes = choose_lanes(columns)
+        rows_per_lane = _ROWS if up is None else _ROWS // 2
+        second = gate if up is None else up
+        assert _format_name(second) == _format_name(gate)
+        assert _format_template(second) == _format_template(gate)
+        with_bias = gate.bias is not None
+        if activation not in self._parameters:
+            self._parameters[activation] = mx.array([activation.alpha, activation.limit], mx.float32)
+        (hidden,) = self._kernel(_gate_up(_format_name(gate)))(
+            inputs=[
+                x,
+                experts.reshape(-1),
+                *_arrays(gate),
+                *_arrays(second),
+                *((gate.bias, second.bias) if with_bias else (x, x)),
+                self._parameters[activation],
+            ],
+            template=[
+                *(("T", x.dtype), ("D", columns), ("F", rows), ("A", active), ("G", gate.shape.group_size)),
+                *(("LANES", lanes), ("ROWS", rows_per_lane)),
+                *(("ACTIVATION", ACTIVATIONS.index(activation.kind)), ("BIAS", with_bias)),
+                *_format_template(gate),
+            ],
+            grid=(32 * -(-rows // _tile(rows_per_lane, lanes)), tokens * active, 1),
+            threadgroup=(64, 1, 1),
+            output_shapes=[(tokens, active, rows)],
+            output_dtypes=[x.dtype],
+        )
+        return hidden
+
+    def expert_down(self, hidden: mx.array, experts: mx.array, weights: mx.array, down: Bank) -> mx.array:
+        """As ReferenceKernels.expert_down, in one dispatch; the order of the sums is fixed."""
+        tokens, active, columns = hidden.shape
+        rows, lanes = down.shape.rows, choose_lanes(columns)
+        simdgroups = choose_simdgroups(active)
+        (out,) = self._kernel(_down(_format_name(down)))(
+            inputs=[
+                hidden,
+                experts.reshape(-1),
+                weights.reshape(-1),
+                *_arrays(down),
+                down.bias if down.bias is not None else hidden,
+            ],
+            template=[
+                *(("T", hidden.dtype), ("D", rows), ("F", columns), ("A", active), ("G", down.shape.group_size)),
+                *(("LANES", lanes), ("ROWS", _ROWS), ("SIMDGROUPS", simdgroups), ("BIAS", down.bias is not None)),
+                *_format_template(down),
+            ],
+            grid=(32 * simdgroups * -(-rows // _tile(_ROWS, lanes)), tokens, 1),
+            threadgroup=(32 * simdgroups, 1, 1),
+            output_shapes=[(tokens, rows)],
+            output_dtypes=[hidden.dtype],
+        )
+        return out
+
+    def hadamard_blocks(self, x: mx.array, signs: mx.array, block: int) -> mx.array:
+        """As ReferenceKernels.hadamard_blocks. Raises ValueError for a block that is none of HADAMARD_BLOCKS."""
+        columns = x.shape[-1]
+        if block not in HADAMARD_BLOCKS or columns % block != 0:
+            raise ValueError(f"no Hadamard transform in blocks of {block} over {columns} columns")
+        simdgroups = max(1, block // 512)
+        (y,) = self._kernel(_HADAMARD)(
+            inputs=[x, signs],
+            template=[("T", x.dtype), ("COLUMNS", columns), ("BLOCK", block), ("SIMDGROUPS", simdgroups)],
+            grid=(32 * simdgroups * (x.size // block), 1, 1),
+            threadgroup=(32 * simdgroups, 1, 1),
+            output_shapes=[x.shape],
+            output_dtypes=[x.dtype],
+        )
+        return y
+
+    def route(self, logits: mx.array, bias: mx.array | None, router: Router) -> Routing:
+        """As router.route, in one dispatch."""
+        tokens, num_experts = logits.shape
+        if router not in self._router_parameters:
+            self._router_parameters[router] = mx.array([router.epsilon, router.scaling], mx.float32)
+        parameters = self._router_parameters[router]
+        experts, weights = self._kernel(_ROUTE)(
+            inputs=[logits, bias if bias is not None else parameters, parameters],
+            template=[
+                *(("E", num_experts), ("TOP_K", router.top_k), ("SCORE", SCORES.index(router.score))),
+                *(("BIAS", bias is not None), ("GROUPS", router.num_groups), ("TOP_GROUPS", router.top_groups)),
+                *(("TOP2", router.group_score == "top2"), ("NORMALISE", router.normalise)),
+            ],
+            grid=(32 * tokens, 1, 1),
+            threadgroup=(32, 1, 1),
+            output_shapes=[(tokens, router.top_k)] * 2,
+            output_dtypes=[mx.uint32, mx.float32],
+        )
+        return Routing(experts, weights)
+
+    def expert_gemm(self, x: mx.array, rows: mx.array, offsets: mx.array, bank: Bank) -> mx.array:
+        """As ReferenceKernels.expert_gemm, in one dispatch."""
+        (total,), (_, columns), num_experts = rows.shape, x.shape, bank.num_experts
+        tile_rows = choose_tile_rows(total, num_experts, x.dtype.size)
+        outputs = bank.shape.rows
+        (out,) = self._kernel(_gemm(_format_name(bank)))(
+            inputs=[
+                x,
+                rows,
+                offsets,
+                *_arrays(bank),
+                bank.bias if bank.bias is not None else x,
+            ],
+            template=[
+                *(("T", x.dtype), ("E", num_experts), ("N", outputs), ("K", columns), ("G", bank.shape.group_size)),
+                *(("BM", tile_rows), ("BK", min(64, bank.shape.group_size))),
+                *(("AFFINE", _format_name(bank) == "affine"), ("BIAS", bank.bias is not None)),
+                *_format_template(bank),
+            ],
+            # Which expert has how many rows is not known here: room for one partly filled tile per expert.
+            grid=(2 * tile_rows * -(-outputs // _TILE_OUTPUTS), total // tile_rows + min(num_experts, total), 1),
+            threadgroup=(2 * tile_rows, 1, 1),
+            output_shapes=[(total, outputs)],
+            output_dtypes=[x.dtype],
+        )
+        return out
+
+    def _kernel(self, kernel: _Kernel) -> MetalKernel:
+        """The kernel object, made once: MLX compiles it once per set of template arguments and types."""
+        if kernel.name not in self._made:
+            self._made[kernel.name] = self._metal_kernel(
+                name=kernel.name,
+                input_names=list(kernel.inputs),
+                output_names=list(kernel.outputs),
+                source=kernel.body,
+                header=metal_source(kernel.file),
+            )
+        return self._made[kernel.name]
+
+
+class ExpertBanks(NamedTuple):
+    """The routed experts of one layer: gate, up and down, or the first and the last of two (`up` None)."""
+
+    gate: Bank
+    up: Bank | None
+    down: Bank
+    activation: Activation
+
+
+def expert_outputs(
+    kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array, experts: mx.array
+) -> mx.array:
+    """x [T, D], experts [T, A] -> the output of each chosen expert, unweighted [T, A, D]: what mlx-lm's blocks expect
+    from their SwitchGLU. `weighted_outputs` is what a block that leaves the weighting to us should call."""
+    if experts.size > banks.gate.num_experts:
+        return _prefill(kernels, banks, x, experts)
+    tokens, active = experts.shape
+    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation)
+    pairs = hidden.reshape(tokens * active, 1, -1)
+    ones = mx.ones((tokens * active, 1), mx.float32)
+    return kernels.expert_down(pairs, experts.reshape(-1, 1), ones, banks.down).reshape(tokens, active, -1)
+
+
+def weighted_outputs(
+    kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array, experts: mx.array, weights: mx.array
+) -> mx.array:
+    """x [T, D], experts and router weights [T, A] -> the layer's routed output [T, D].
+
+    Decode reads an expert's weights once per pair, prefill once per expert but in tiles of 32 rows and more: decode as
+    long as there are no more pairs than experts. (Where the two cross on a GPU has not been measured.)
+    """
+    if experts.size > banks.gate.num_experts:
+        outputs = _prefill(kernels, banks, x, experts).astype(mx.float32)
+        return (outputs * weights.astype(mx.float32)[..., None]).sum(axis=1).astype(x.dtype)
+    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation)
+    return kernels.expert_down(hidden, experts, weights, banks.down)
+
+
+def _prefill(kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array, experts: mx.array) -> mx.array:
+    """As expert_outputs, expert by expert."""
+    tokens, active = experts.shape
+    order, offsets, inverse = sort_by_expert(experts, banks.gate.num_experts)
+    rows = (order // active).astype(mx.uint32)
+    gates = kernels.expert_gemm(x, rows, offsets, banks.gate)
+    ups = kernels.expert_gemm(x, rows, offsets, banks.up) if banks.up is not None else gates
+    hidden = _activate(gates.astype(mx.float32), ups.astype(mx.float32), banks.activation).astype(x.dtype)
+    outputs = kernels.expert_gemm(hidden, mx.arange(order.size, dtype=mx.uint32), offsets, banks.down)
+    return outputs[inverse].reshape(tokens, active, -1)
+
+
+def choose_lanes(columns: int) -> int:
+    """Lanes of a simdgroup that share a row: the most that keep nine of ten busy, or else those that keep most busy.
+
+    More lanes read longer runs of a row at once; fewer leave none idle where K is short or odd (768, 1408).
+    """
+    units = columns // UNIT
+    busy = {lanes: units / (-(-units // lanes) * lanes) for lanes in (32, 16, 8, 4, 2, 1)}
+    return next((lanes for lanes, share in busy.items() if share >= 0.9), max(busy, key=lambda lanes: busy[lanes]))
+
+
+def choose_simdgroups(active: int) -> int:
+    """Simdgroups of expert_down that share a token's experts: as even a split as _MAX_SIMDGROUPS allows."""
+    return -(-active // -(-active // _MAX_SIMDGROUPS))
+
+
+def choose_tile_rows(total: int, num_experts: int, itemsize: int = 2) -> int:
+    """Rows of a tile of expert_gemm: enough that an expert of average load has its weights read once.
+
+    At most 64 in float32, and 128 in 16 bits: 32 KiB of threadgroup memory hold no more.
+    """
+    average = total / num_experts
+    sizes = (32, 64, 128) if itemsize == 2 else (32, 64)
+    return next((rows for rows in sizes if average <= rows * 0.75), sizes[-1])
+
+
+def sort_by_expert(experts: mx.array, num_experts: int) -> tuple[mx.array, mx.array, mx.array]:
+    """experts [T, A] -> what expert_gemm needs and what undoes it, without a host read.
+
+    order [P]: the pairs sorted by expert, ties in their own order. offsets int32 [E + 1]: where each expert's pairs
+    start. inverse [P]: where each pair went.
+    """
+    flat = experts.reshape(-1)
+    order = mx.argsort(flat)
+    counts = mx.zeros((num_experts + 1,), mx.int32).at[flat.astype(mx.int32) + 1].add(1)
+    return order, mx.cumsum(counts), mx.argsort(order)
+
+
+def _tile(rows_per_lane: int, lanes: int) -> int:
+    """Rows that one simdgroup computes."""
+    return rows_per_lane * 32 // lanes
