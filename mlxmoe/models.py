@@ -782,18 +782,30 @@ def _unchanged(weights: Weights) -> Weights:
     return weights
 
 
+# Tensors that only a multi-token prediction layer has (DeepSeek-V3, GLM-4.5 and their kin).
+_PREDICTION = ("eh_proj", "enorm", "hnorm", "shared_head")
+
+
 def _drop(weights: Weights, text: Config) -> Weights:
-    """Without multi-token prediction layers, which come after the last layer, and precomputed rotary frequencies."""
+    """Without multi-token prediction layers, which come after the last layer, and precomputed rotary frequencies.
+
+    Raises UserError for any other layer after the last: mlx-lm would leave it out in silence.
+    """
     layers = text.get("num_hidden_layers")
     # anchored at the language model: a vision tower may well have more layers
-    extra = re.compile(r"^(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
-
-    def unused(name: str) -> bool:
-        match = extra.match(name)
-        beyond = match is not None and isinstance(layers, int) and int(match.group(1)) >= layers
-        return beyond or name.startswith(("mtp.", "model.mtp.")) or name.endswith("rotary_emb.inv_freq")
-
-    return {name: array for name, array in weights.items() if not unused(name)}
+    numbered = re.compile(r"^(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(\w+)")
+    found = [(name, int(match[1]), match[2]) for name in weights if (match := numbered.match(name)) is not None]
+    beyond = [each for each in found if isinstance(layers, int) and each[1] >= layers]
+    predicting = {layer for _, layer, part in beyond if part in _PREDICTION}
+    unknown = sorted({layer for _, layer, _ in beyond} - predicting)
+    if unknown:
+        raise UserError(
+            f"config.json says {layers} layers, and the checkpoint has weights of layer {unknown[0]}",
+            "config.json and weights do not belong together",
+        )
+    dropped = {name for name, _, _ in beyond}
+    dropped |= {n for n in weights if n.startswith(("mtp.", "model.mtp.")) or n.endswith("rotary_emb.inv_freq")}
+    return {name: array for name, array in weights.items() if name not in dropped}
 
 
 def _dequantize_fp8(weights: Weights, text: Config) -> Weights:

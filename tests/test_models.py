@@ -170,9 +170,20 @@ def test_prediction_layers_and_frequencies_are_dropped(case: str) -> None:
     weights = arrays(case, "per-expert")
     expected = set(model.sanitize(dict(weights)))
     layers = text_config(newest(case))["num_hidden_layers"]
-    extra = [f"model.layers.{layers}.mlp.experts.0.up_proj.weight", f"model.layers.{layers + 1}.eh_proj.weight"]
+    extra = [f"model.layers.{layers}.mlp.experts.0.up_proj.weight", f"model.layers.{layers}.eh_proj.weight"]
     extra += ["mtp.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
     assert set(model.sanitize(weights | {name: mx.zeros(1) for name in extra})) == expected
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "glm4_moe", "qwen3_moe", "olmoe"])
+def test_a_config_with_too_few_layers_is_refused(case: str) -> None:
+    """mlx-lm leaves the layers after the last out in silence, and the model would answer nonsense."""
+    config = copy.deepcopy(newest(case))
+    config["num_hidden_layers"] -= 1
+    if "layer_types" in config:
+        config["layer_types"].pop()
+    with pytest.raises(UserError, match="and the checkpoint has weights of layer"):
+        build(config).sanitize(arrays(case, "per-expert"))
 
 
 def test_stock_quantized_checkpoint(tmp_path: Path) -> None:
