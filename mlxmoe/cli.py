@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("mlxmoe.convert.cli", "turn a Hugging Face checkpoint into per-expert mixed precision"),
     "inspect": ("mlxmoe.inspect", "show what a model is made of and what it would take to run it"),
     "eval": ("mlxmoe.evaluate", "measure fidelity: KLD, top-1 agreement and perplexity against a reference"),
+    "doctor": ("mlxmoe.doctor", "check the Metal kernels on this GPU and write a report for an issue"),
     "bench": ("mlxmoe.bench.cli", "measure tok/s, time to first token, memory and bytes per token"),
     "bench-kernels": (
         "mlxmoe.bench.kernels",

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     memory = parse_size(args.memory) if args.memory else machine_memory()
-    result = describe(prepare(args.model, RuntimeConfig(memory, args.context)), memory)
+    result = describe(prepare(args.model, RuntimeConfig(memory, args.context, kernels=None)), memory)
     if args.json:
         print_json(result)
         return 0

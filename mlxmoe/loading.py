@@ -13,7 +13,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,7 @@ from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.errors import UserError
 from mlxmoe.experts import ExpertLayer, KernelExperts, PlaneLinear
 from mlxmoe.formats import SCALE_NBYTES
+from mlxmoe.kernel_choice import Choice, LayerShape, metal_facts, select
 from mlxmoe.kernels import TABLE_WIDTH, ExpertBanks, MetalKernels, ReferenceKernels, activation_of
 from mlxmoe.models import (
     expert_sites,
@@ -52,7 +53,9 @@ class RuntimeConfig:
 
     memory: int | None = None
     context: int | None = None
-    kernels: MetalKernels | ReferenceKernels | None = None  # run a converted folder's experts on these
+    # What a converted folder's experts run on. "auto": on a Metal GPU on which they were checked and are the faster ones,
+    # the project's kernels (kernel_choice.py); None: MLX's built-in products.
+    kernels: MetalKernels | ReferenceKernels | Literal["auto"] | None = "auto"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class LoadReport:
     nbytes_buffers: int = 0
     memory: int = 0
     levels: dict[int, int] = field(default_factory=dict)  # level -> expert matrices resident at it
+    products: str = ""  # what computes the experts' products, and why
     expected_loss: float | None = None
     written_loss: float | None = None  # with everything that the file holds
 
@@ -95,6 +99,8 @@ class LoadReport:
             if self.mode == "elastic":
                 loss += f" ({self.written_loss:.3g} with the whole file)"
             lines.append(f"expert matrices: {shares}; {loss}")
+        if mx.default_device() != mx.cpu:
+            lines.append(f"experts run on {self.products}")
         return lines
 
     def as_json(self) -> dict[str, Any]:
@@ -112,6 +118,7 @@ class LoadReport:
             "bytes_kv": self.nbytes_kv,
             "bytes_buffers": self.nbytes_buffers,
             "levels": {str(level): n for level, n in self.levels.items()},
+            "products": self.products,
             "expected_loss": self.expected_loss,
         }
 
@@ -152,6 +159,7 @@ class Prepared(NamedTuple):
     nbytes_experts: int  # 0 for a converted folder: that is what the budget decides
     nbytes_kv: int
     kernels: MetalKernels | ReferenceKernels | None  # what the experts run on; None: MLX's built-ins
+    products: str  # the same in words, with the reason
     nbytes_largest: int  # the largest array that is read: as long as it is stacked and cast, it is there twice
 
     def reserve(self, memory: int) -> Reserve:
@@ -186,20 +194,31 @@ def prepare(source: str | Path | None, config: RuntimeConfig = RuntimeConfig()) 
     nbytes_each = [array.nbytes for array in named_arrays(model.parameters()).values()]
     nbytes_experts = 0 if plan is not None else sum(layer.nbytes for layer in _expert_layers(model).values())
     nbytes_trunk = sum(nbytes_each) - nbytes_experts
-    kernels = config.kernels if plan is not None and _kernels_fit(model) else None
-    if plan is not None and kernels is not None:
+    choice = _choose_kernels(config, checkpoint, model, plan)
+    if plan is not None and choice.kernels is not None:
         matrices = sum(len(layer.experts) * len(layer.projections) for layer in plan.layers)
         nbytes_trunk += matrices * TABLE_WIDTH * mx.int32.size
     return Prepared(
         *(checkpoint, model, model_config, plan, context, nbytes_trunk, nbytes_experts, nbytes_kv),
-        kernels=kernels,
+        kernels=choice.kernels,
+        products=choice.reason,
         nbytes_largest=max(nbytes_each),
     )
 
 
-def _kernels_fit(model: nn.Module) -> bool:
-    """Whether the kernels know the activation of every layer's experts."""
-    return all(activation_of(layer.activation) is not None for layer in _expert_layers(model).values())
+def _choose_kernels(config: RuntimeConfig, checkpoint: Checkpoint, model: nn.Module, plan: Plan | None) -> Choice:
+    """What the experts run on. On a GPU that is not on record yet this takes some seconds."""
+    layers = _expert_layers(model)
+    activations = [activation_of(layer.activation) for layer in layers.values()]
+    if plan is None or config.kernels is None or not all(activations):
+        return Choice(None, "MLX's built-in products")
+    if config.kernels != "auto":
+        return Choice(config.kernels, "the project's kernels, as asked for")
+    first = plan.layers[0]
+    activation, bias = activations[0], "bias" in layers[first.path].projections[0]
+    assert activation is not None
+    active, dtype = num_experts_per_token(checkpoint.config), activation_dtype(checkpoint.config)
+    return select(LayerShape.of_plan(first, active, dtype, activation, bias), metal_facts())
 
 
 def choose_residency(prepared: Prepared, memory: int) -> Residency:
@@ -256,6 +275,7 @@ def open_model(source: str | Path | None, config: RuntimeConfig = RuntimeConfig(
         nbytes_kv=prepared.nbytes_kv,
         nbytes_buffers=reserve.nbytes,
         memory=memory,
+        products=prepared.products,
         levels=residency.histogram() if residency is not None else {},
         expected_loss=residency.expected_loss if residency is not None else None,
         written_loss=plan.expected_loss if plan is not None else None,

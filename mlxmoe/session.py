@@ -11,10 +11,8 @@ import argparse
 import io
 import json
 import math
-import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -30,6 +28,7 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlxmoe.arguments import note
 from mlxmoe.errors import UserError
+from mlxmoe.files import write_atomically
 from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.units import format_size, parse_size
 
@@ -343,7 +342,7 @@ class Conversation:
         try:
             if not overwrite and path.exists():
                 raise UserError(f"{path} exists", f"choose another name, or /save! {path} to overwrite it")
-            _write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+            write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}", "choose a folder that exists") from error
 
@@ -379,20 +378,6 @@ def _problem(content: Any) -> str | None:
         if not isinstance(message["content"], str):
             return f"expected the content of message {i} to be a text"
     return None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A new file in place of `path`, readable by its owner only; an error leaves `path` as it was."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 # --- what the commands share ---

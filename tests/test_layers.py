@@ -16,14 +16,14 @@ LOADER = "loading"
 # Lowest first. The modules of one line do not know each other.
 PACKAGE_LAYERS = [
     ["errors"],
-    ["units", "arguments", "machine"],
+    ["units", "arguments", "machine", "files"],
     ["formats", "budget", "router"],
     ["plan", "kernels"],
     ["reference", "store", "residency"],
     ["checkpoint", "models", "experts"],
-    ["banks"],
+    ["banks", "kernel_choice"],
     [LOADER],
-    ["session", "evaluate", "inspect"],
+    ["session", "evaluate", "inspect", "doctor"],
     ["chat", "generate"],
     ["cli"],
 ]

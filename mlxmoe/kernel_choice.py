@@ -1,0 +1,573 @@
+"""Whether the kernels are used on this machine: each is compared with its reference on the user's GPU, and timed against
+MLX's built-in products on the model's shapes. What was found is kept in a record until GPU, system, MLX or kernels change.
+
+Owns the checks, the record and the choice. `mlxmoe doctor` prints them, the loader asks `select`.
+
+Shapes: T tokens, A active experts per token, E experts, D model dim, F expert dim, K columns, G group size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxmoe.arguments import note
+from mlxmoe.experts import Bucket, ExpertLayer, KernelExperts, PlaneLinear
+from mlxmoe.files import write_atomically
+from mlxmoe.formats import LEVELS, MatrixShape, words_per_row
+from mlxmoe.kernels import (
+    Activation,
+    Bank,
+    ExpertBanks,
+    MetalKernels,
+    PlaneBank,
+    QuantizedBank,
+    ReferenceKernels,
+    sort_by_expert,
+)
+from mlxmoe.plan import LayerPlan
+from mlxmoe.router import Router
+
+Kernels = MetalKernels | ReferenceKernels
+Clock = Callable[[], float]
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+# Largest error against the largest output: half a unit in the last place of the output's type
+TOLERANCE = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 2e-6}
+# Router weights are float32, through the GPU's own exp
+ROUTE_TOLERANCE = 1e-4
+EXPERT_KERNELS = ("expert_gate_up", "expert_down", "expert_gemm")
+OK, DIFFERS, FAILED = "ok", "differs", "failed"
+KERNELS, BUILTINS = "kernels", "builtins"  # what is timed
+
+_RECORD_FORMAT = 1
+_WARM_UP, _REPEATS = 2, 11
+_ROUTINGS = 8  # tokens per timed call: the launch of one alone would be most of its time
+_REFERENCE = ReferenceKernels()
+_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "swiglu": nn.silu,
+    "swiglu_oai": nn.silu,
+    "geglu": nn.gelu_approx,
+    "relu2": nn.relu2,
+}
+_SWIGLU = Activation("swiglu")
+
+
+class DeviceFacts(NamedTuple):
+    """What a record holds for: any difference makes it void. `kernels` is a hash of their text and launches."""
+
+    gpu: str
+    architecture: str
+    system: str
+    mlx: str
+    kernels: str
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The routed experts of one layer: D, F, E, A, group sizes along D and F, and the levels that its experts have.
+
+    `codec`: planes, affine or mxfp4 (these two with the one level 4). `dtype`: of the activations.
+    """
+
+    width: int
+    hidden: int
+    experts: int
+    active: int
+    group_size: int
+    hidden_group_size: int
+    levels: tuple[int, ...]
+    dtype: str
+    activation: Activation = _SWIGLU
+    bias: bool = False
+    codec: str = "planes"
+
+    @classmethod
+    def of_plan(
+        cls, layer: LayerPlan, active: int, dtype: mx.Dtype, activation: Activation, bias: bool = False
+    ) -> LayerShape:
+        """A converted layer as its file has it; a memory budget can only lower the levels of its experts."""
+        first, last = layer.projections[0], layer.projections[-1]
+        levels = tuple(sorted({level for expert in layer.experts for level in expert.levels}))
+        sizes = first.columns, first.rows, len(layer.experts), active, first.group_size, last.group_size
+        return cls(*sizes, levels, str(dtype).rsplit(".", 1)[-1], activation, bias)
+
+    @property
+    def name(self) -> str:
+        """One line, the key of what was measured for it."""
+        kind, alpha, limit = self.activation.kind, self.activation.alpha, self.activation.limit
+        activation = f"{kind}({alpha:g},{limit:g})" if kind == "swiglu_oai" else kind
+        levels = "/".join(map(str, self.levels))
+        return (
+            f"{self.codec} {levels} bit D={self.width} F={self.hidden} E={self.experts} A={self.active} "
+            f"G={self.group_size},{self.hidden_group_size} {activation}{' bias' if self.bias else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kernel against its reference. `error`: largest error over largest output, None where there is none."""
+
+    kernel: str
+    dtype: str
+    variant: str
+    status: str
+    error: float | None = None
+    reason: str = ""
+
+    @property
+    def key(self) -> str:
+        return check_key(self.kernel, self.dtype, self.variant)
+
+
+class Timing(NamedTuple):
+    """Median seconds of every candidate that ran, and the error of every one that did not."""
+
+    seconds: dict[str, float]
+    failures: dict[str, str]
+
+    @property
+    def fastest(self) -> str | None:
+        """The first of the candidates named in `seconds` that none beats."""
+        return min(self.seconds, key=lambda name: self.seconds[name], default=None)
+
+
+class Choice(NamedTuple):
+    """The kernels to use, or None for MLX's built-ins, and one line that says why."""
+
+    kernels: Kernels | None
+    reason: str
+
+
+class Case(NamedTuple):
+    """A launch on fixed inputs. `launch(kernels, dtype)`: with activations of that type; integers must come out equal."""
+
+    kernel: str
+    dtype: str
+    variant: str
+    launch: Callable[[Kernels, mx.Dtype], tuple[mx.array, ...]]
+    tolerance: float
+
+    @property
+    def key(self) -> str:
+        return check_key(self.kernel, self.dtype, self.variant)
+
+
+def check_key(kernel: str, dtype: str, variant: str) -> str:
+    """What a check goes by in the record."""
+    return f"{kernel} {dtype} {variant}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def metal_facts() -> DeviceFacts | None:
+    """The facts of this process's GPU, or None where the kernels cannot run: no Metal, or MLX was sent to the CPU."""
+    if not MetalKernels.available() or mx.default_device() == mx.cpu:
+        return None
+    device = mx.device_info()
+    system = f"{platform.system()} {platform.mac_ver()[0] or platform.release()}"
+    names = str(device.get("device_name", "")), str(device.get("architecture", ""))
+    return DeviceFacts(*names, system, version("mlx"), kernels_hash())
+
+
+def kernels_hash() -> str:
+    """SHA-256 over every text in metal/ and over kernels.py, which holds the launches."""
+    package = resources.files("mlxmoe")
+    texts = [file for file in (package / "metal").iterdir() if file.name.endswith((".metal", ".h"))]
+    digest = hashlib.sha256()
+    for file in [*sorted(texts, key=lambda file: file.name), package / "kernels.py"]:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def record_path() -> Path:
+    """Where the record lies: $XDG_CACHE_HOME/mlxmoe, else ~/Library/Caches/mlxmoe on macOS and ~/.cache/mlxmoe."""
+    home = "~/Library/Caches" if sys.platform == "darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(home)) / "mlxmoe" / "kernels.json"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """What is known about the kernels on one machine. `unfinished`: checks began and the process ended in them."""
+
+    facts: DeviceFacts
+    checks: dict[str, Check] = field(default_factory=dict)
+    timings: dict[str, Timing] = field(default_factory=dict)
+    unfinished: bool = False
+
+    @classmethod
+    def load(cls, path: Path, facts: DeviceFacts) -> Record:
+        """The record at `path`; an empty one where there is none, it is damaged, or it is of other facts."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["format"] == _RECORD_FORMAT and found["facts"] == facts._asdict():
+                return cls(facts, *_read_results(found), _typed(found["unfinished"], bool))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            pass  # as if absent: everything in it can be measured again
+        return cls(facts)
+
+    def save(self, path: Path) -> None:
+        """Writes it whole or not at all. Raises OSError."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(self.as_json(), indent=1) + "\n")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format": _RECORD_FORMAT,
+            "facts": self.facts._asdict(),
+            "unfinished": self.unfinished,
+            "checks": [asdict(check) for check in self.checks.values()],
+            "timings": {key: timing._asdict() for key, timing in self.timings.items()},
+        }
+
+
+def _read_results(found: dict[str, Any]) -> tuple[dict[str, Check], dict[str, Timing]]:
+    """Raises one of load's errors for what no record holds."""
+    checks = [Check(**row) for row in found["checks"]]
+    for check in checks:
+        texts = check.kernel, check.dtype, check.variant, check.reason
+        if check.status not in (OK, DIFFERS, FAILED) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"no check: {check}")
+        if check.error is not None:
+            _typed(check.error, float)
+    timings = {}
+    for key, row in found["timings"].items():
+        seconds = {str(name): _typed(value, float) for name, value in row["seconds"].items()}
+        timings[key] = Timing(seconds, {str(name): _typed(text, str) for name, text in row["failures"].items()})
+    return {check.key: check for check in checks}, timings
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(kernels: Kernels, cases: Iterable[Case]) -> list[Check]:
+    """Runs every case on `kernels` and on the reference (on the CPU, in float32). Waits for each."""
+    return [_check(kernels, case) for case in cases]
+
+
+def _check(kernels: Kernels, case: Case) -> Check:
+    name = case.kernel, case.dtype, case.variant
+    with mx.stream(mx.cpu):
+        expected = case.launch(_REFERENCE, mx.float32)
+        mx.eval(expected)
+    try:
+        found = case.launch(kernels, DTYPES[case.dtype])
+        mx.eval(found)
+    except (RuntimeError, ValueError) as error:  # what MLX makes of a compiler's message
+        return Check(*name, FAILED, None, _first_line(error))
+    with mx.stream(mx.cpu):
+        return _compared(name, found, expected, case.tolerance)
+
+
+def _compared(
+    name: tuple[str, str, str], found: Sequence[mx.array], expected: Sequence[mx.array], tolerance: float
+) -> Check:
+    worst = 0.0
+    for one, exact in zip(found, expected, strict=True):
+        if one.shape != exact.shape:
+            return Check(*name, DIFFERS, None, f"shape {one.shape} where {exact.shape} is expected")
+        if not mx.issubdtype(exact.dtype, mx.floating):
+            if not mx.array_equal(one, exact).item():
+                return Check(*name, DIFFERS, None, "other experts than the reference chooses")
+            continue
+        values = one.astype(mx.float32)
+        if not mx.all(mx.isfinite(values)).item():
+            return Check(*name, DIFFERS, None, "values that are not finite")
+        ratio = mx.abs(values - exact).max() / mx.abs(exact).max()
+        worst = max(worst, float(np.asarray(ratio)))
+    if worst > tolerance:
+        return Check(*name, DIFFERS, worst, f"error {worst:.1e}, at most {tolerance:.0e} is rounding")
+    return Check(*name, OK, worst)
+
+
+def _first_line(error: Exception) -> str:
+    """The line of a compiler's message that says what is wrong, or the first of any other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error:" in line), lines[0])[:300]
+
+
+def small_layer(dtype: str, codec: str = "planes") -> LayerShape:
+    """What every GPU is checked with: all levels in one bank, biases, a wide and a narrow projection."""
+    group_size = 32 if codec == "mxfp4" else 64
+    levels = LEVELS if codec == "planes" else (4,)
+    return LayerShape(1024, 192, 7, 4, group_size, group_size, levels, dtype, bias=True, codec=codec)
+
+
+def all_cases() -> Iterator[Case]:
+    """Every kernel in both 16-bit types: experts in planes and in stock formats, rotation, routing."""
+    for dtype in ("float16", "bfloat16"):
+        for codec in ("planes", "affine", "mxfp4"):
+            yield from expert_cases(small_layer(dtype, codec))
+        yield from (_hadamard_case(dtype, block) for block in (128, 1024))
+        yield _route_case(dtype, "softmax", Router(128, 8, normalise=True))
+        yield _route_case(dtype, "sigmoid in groups", Router(64, 6, "sigmoid", 8, 3, "top2", True, 1e-20, 2.5))
+
+
+def expert_cases(layer: LayerShape) -> list[Case]:
+    """The three expert kernels on random experts of this shape: two tokens at decode, and a
+    chunk of twelve."""
+    banks = _random_banks(layer)
+    experts = _routings(layer, banks.gate.num_experts, 2)
+    chunk = _routings(layer, banks.gate.num_experts, 12)
+    order, offsets, _ = sort_by_expert(chunk, banks.gate.num_experts)
+    rows = (order // layer.active).astype(mx.uint32)
+    x, hidden = _normal((12, layer.width), 5, layer), _normal((2, layer.active, layer.hidden), 6, layer)
+    weights = mx.softmax(_normal((2, layer.active), 7, layer).astype(mx.float32), axis=-1)
+
+    def gate_up(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        return (kernels.expert_gate_up(x[:2].astype(dtype), experts, banks.gate, banks.up, layer.activation),)
+
+    def down(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        return (kernels.expert_down(hidden.astype(dtype), experts, weights, banks.down),)
+
+    def gemm(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        return (kernels.expert_gemm(x.astype(dtype), rows, offsets, banks.gate),)
+
+    launches = zip(EXPERT_KERNELS, (gate_up, down, gemm), strict=True)
+    return [Case(kernel, layer.dtype, layer.name, launch, TOLERANCE[layer.dtype]) for kernel, launch in launches]
+
+
+def _hadamard_case(dtype: str, block: int) -> Case:
+    x, signs = mx.random.normal((2, 1024), key=mx.random.key(8)).astype(DTYPES[dtype]), mx.array([1.0, -1, -1, 1] * 256)
+
+    def launch(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        return (kernels.hadamard_blocks(x.astype(dtype), signs, block),)
+
+    return Case("hadamard_blocks", dtype, f"blocks of {block}", launch, TOLERANCE[dtype])
+
+
+def _route_case(dtype: str, variant: str, router: Router) -> Case:
+    logits = mx.random.normal((4, router.num_experts), key=mx.random.key(9)).astype(DTYPES[dtype])
+    bias = mx.linspace(-0.1, 0.1, router.num_experts) if router.score == "sigmoid" else None
+
+    def launch(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        return tuple(kernels.route(logits.astype(dtype), bias, router))
+
+    return Case("route", dtype, variant, launch, ROUTE_TOLERANCE)
+
+
+def _routings(layer: LayerShape, num_experts: int, tokens: int) -> mx.array:
+    """uint32 [T, A], distinct experts per token."""
+    state = np.random.RandomState(3)
+    return mx.array(np.stack([state.permutation(num_experts)[: layer.active] for _ in range(tokens)]).astype(np.uint32))
+
+
+def _normal(shape: tuple[int, ...], seed: int, layer: LayerShape) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(DTYPES[layer.dtype])
+
+
+def _levels(layer: LayerShape) -> list[int]:
+    """The levels of the experts that stand for a layer: all of its levels, and enough experts that calls differ."""
+    number = max(min(layer.experts, 2 * layer.active), len(layer.levels))
+    return [layer.levels[i % len(layer.levels)] for i in range(number)]
+
+
+def _random_banks(layer: LayerShape) -> ExpertBanks:
+    """Any bits are codes: nothing has to be quantized."""
+    inner = MatrixShape("gate", layer.hidden, layer.width, layer.group_size)
+    outer = MatrixShape("down", layer.width, layer.hidden, layer.hidden_group_size)
+    up = _random_bank(layer, inner, 2) if layer.activation.kind != "relu2" else None
+    return ExpertBanks(_random_bank(layer, inner, 1), up, _random_bank(layer, outer, 3), layer.activation)
+
+
+def _random_bank(layer: LayerShape, shape: MatrixShape, seed: int) -> Bank:
+    levels, dtype = _levels(layer), DTYPES[layer.dtype]
+    bias = _normal((len(levels), shape.rows), seed + 20, layer) if layer.bias else None
+    if layer.codec == "planes":
+        empty = PlaneBank.empty(shape, levels, bias)
+        words = _bits(empty.words.shape, seed)
+        return dataclasses.replace(empty, words=words, scales=_scales(shape, levels, seed).astype(mx.float16))
+    weights = mx.random.normal((len(levels), shape.rows, shape.columns), key=mx.random.key(seed)) / shape.columns**0.5
+    words, scales, *biases = mx.quantize(weights.astype(dtype), shape.group_size, 4, mode=layer.codec)
+    return QuantizedBank(shape, words, scales, biases[0] if biases else None, 4, layer.codec, bias)
+
+
+def _bits(shape: tuple[int, ...], seed: int) -> mx.array:
+    """Random uint32."""
+    data = np.random.RandomState(seed).bytes(4 * math.prod(shape))
+    return mx.array(np.frombuffer(data, np.uint32).reshape(shape))
+
+
+def _scales(shape: MatrixShape, levels: Sequence[int], seed: int) -> mx.array:
+    """float32 [E, N, K/G] that give products of order 1 at every level."""
+    size = (len(levels), shape.rows, shape.columns // shape.group_size)
+    step = mx.array([2.0**-level for level in levels])[:, None, None]
+    return mx.random.uniform(2, 6, size, key=mx.random.key(seed + 10)) * step / shape.columns**0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tune(candidates: Mapping[str, Callable[[], object]], clock: Clock = time.perf_counter) -> Timing:
+    """Times the candidates, A B, B A, ..., after warming up each. A candidate returns when its work is done; one that
+    raises is left out."""
+    running, failures = dict(candidates), {}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(_WARM_UP + _REPEATS):
+        # The order alternates: whoever runs second finds warm caches, or a machine that has slowed down
+        for name in list(running) if repeat % 2 == 0 else reversed(list(running)):
+            start = clock()
+            try:
+                running[name]()
+            except (RuntimeError, ValueError) as error:
+                failures[name] = _first_line(error)
+                del running[name]
+                continue
+            if repeat >= _WARM_UP:
+                samples[name].append(clock() - start)
+    return Timing({name: statistics.median(samples[name]) for name in running}, failures)
+
+
+def layer_candidates(layer: LayerShape, kernels: Kernels) -> dict[str, Callable[[], object]]:
+    """A layer in planes as the model would run it, both ways: single tokens, each with experts of its own."""
+    assert layer.codec == "planes"
+    banks = _random_banks(layer)
+    x = _normal((_ROUTINGS, 1, layer.width), 5, layer)
+    experts = _routings(layer, banks.gate.num_experts, _ROUTINGS)[:, None]
+
+    def candidate(module: KernelExperts | ExpertLayer) -> Callable[[], object]:
+        return lambda: mx.eval([module(x[i], experts[i]) for i in range(_ROUTINGS)])
+
+    return {KERNELS: candidate(KernelExperts(banks, kernels)), BUILTINS: candidate(_builtin_layer(layer, banks))}
+
+
+def _builtin_layer(layer: LayerShape, banks: ExpertBanks) -> ExpertLayer:
+    """The same shapes with merged codes, a bucket per level. Values are of no account: the time does not depend on them."""
+    levels, dtype = _levels(layer), DTYPES[layer.dtype]
+    projections = {}
+    for name, bank in zip(("gate", "up", "down"), banks[:3], strict=True):
+        if bank is None:
+            continue
+        shape = bank.shape
+        linear = PlaneLinear(shape, len(levels), layer.bias)
+        if bank.bias is not None:
+            linear.bias = bank.bias
+        buckets = []
+        for level in sorted(set(levels)):
+            mine = [expert for expert, of_expert in enumerate(levels) if of_expert == level]
+            size = (len(mine), shape.rows, words_per_row(shape.columns, level))
+            scales = _scales(shape, [level] * len(mine), level)
+            words = _bits(size, level)
+            biases = -scales * (2**level - 1) / 2
+            buckets.append((mine, Bucket(level, words, scales.astype(dtype), biases.astype(dtype))))
+        linear.fill(buckets)
+        mx.eval([bucket for _, bucket in buckets])
+        projections[name] = linear
+    activation = _ACTIVATIONS[layer.activation.kind]
+    glu: Callable[..., mx.array] = lambda up, gate: activation(gate) * up  # noqa: E731
+    return ExpertLayer(projections, glu if banks.up is not None else activation, len(levels))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def select(
+    layer: LayerShape,
+    facts: DeviceFacts | None,
+    make: Callable[[], Kernels] = MetalKernels,
+    path: Path | None = None,
+    clock: Clock = time.perf_counter,
+    say: Callable[[str], None] = note,
+) -> Choice:
+    """The kernels for a model whose experts lie in planes of this shape, or MLX's built-ins.
+
+    `facts`: of metal_facts. Takes some seconds where the record at `path` (None: record_path) knows nothing of this GPU
+    or this shape, and writes it. A kernel that is wrong or does not run is told to the user through `say`.
+    """
+    if facts is None:
+        return Choice(None, "MLX's built-in products: there is no Metal GPU")
+    path = path or record_path()
+    record = Record.load(path, facts)
+    if record.unfinished:
+        return _refused("a check of them did not come to its end on this GPU", say)
+    kernels, layers = make(), (small_layer(layer.dtype), layer)
+    needed = [check_key(kernel, layer.dtype, each.name) for each in layers for kernel in EXPERT_KERNELS]
+    if any(key not in record.checks for key in needed):
+        say("checking the Metal kernels on this GPU; this happens once")
+        cases = (case for each in layers for case in expert_cases(each))
+        run_checks(record, kernels, cases, path)
+    for key in needed:
+        found = record.checks[key]
+        if found.status != OK:
+            return _refused(f"{found.kernel} in {found.dtype} {found.status} on this GPU ({found.reason})", say)
+    key = f"{layer.dtype} {layer.name}"
+    if key not in record.timings:
+        with _guarded(record, path):
+            record.timings[key] = tune(layer_candidates(layer, kernels), clock)
+        mx.clear_cache()
+    timing = record.timings[key]
+    if KERNELS in timing.failures:
+        return _refused(f"they failed on this GPU ({timing.failures[KERNELS]})", say)
+    times = ", ".join(f"{name} {1e6 * seconds / _ROUTINGS:.0f} us" for name, seconds in timing.seconds.items())
+    chosen = kernels if timing.fastest == KERNELS else None
+    return Choice(chosen, f"{'Metal kernels' if chosen else 'MLX built-in products'}: faster here ({times} a layer)")
+
+
+def run_checks(record: Record, kernels: Kernels, cases: Iterable[Case], path: Path) -> list[Check]:
+    """Runs the checks and puts their results into the record, which it writes to `path`."""
+    with _guarded(record, path):
+        checks = check(kernels, cases)
+        record.checks |= {one.key: one for one in checks}
+    return checks
+
+
+@contextmanager
+def _guarded(record: Record, path: Path) -> Iterator[None]:
+    """A GPU fault ends the process, and no except clause runs: until this block ends, the record on disk says so.
+
+    A record that cannot be written costs time at the next start, no more: a note, no error.
+    """
+    record.unfinished = True
+    with suppress(OSError):
+        record.save(path)
+    try:
+        yield
+    finally:
+        record.unfinished = False
+        try:
+            record.save(path)
+        except OSError as error:
+            note(f"the kernels will be checked again next time: {path} cannot be written ({error.strerror})")
+
+
+def _refused(reason: str, say: Callable[[str], None]) -> Choice:
+    say(f"warning: MLX's built-in products instead of the Metal kernels: {reason}; `mlxmoe doctor` shows more")
+    return Choice(None, f"MLX's built-in products: {reason}")
