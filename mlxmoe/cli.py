@@ -30,6 +30,10 @@ COMMANDS = {
         "mlxmoe.bench.kernels",
         "check the Metal kernels on the shapes of real models (also: bench kernels)",
     ),
+    "bench-launches": (
+        "mlxmoe.bench.launches",
+        "count kernel launches per token against mlx-lm (also: bench launches)",
+    ),
 }
 
 
@@ -91,11 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:2] == [
-        "bench",
-        "kernels",
-    ]:  # a command of its own, as it takes no model, under the name people expect
-        arguments = ["bench-kernels", *arguments[2:]]
+    if len(arguments) > 1 and f"{arguments[0]}-{arguments[1]}" in COMMANDS:
+        arguments = [f"{arguments[0]}-{arguments[1]}", *arguments[2:]]  # `bench kernels`: a command of its own
     command = next((a for a in arguments if not a.startswith("-")), None)
     parser = build_parser(command)
     args = parser.parse_args(arguments)

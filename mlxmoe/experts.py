@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from mlxmoe.formats import MatrixShape
-from mlxmoe.kernels import ExpertBanks, MetalKernels, ReferenceKernels, expert_outputs
+from mlxmoe.kernels import ExpertBanks, MetalKernels, ReferenceKernels, expert_outputs, weighted_outputs
 
 SORT_FROM = 64  # (token, expert) pairs from which it pays to touch the experts in order (as mlx-lm does)
 
@@ -179,3 +179,7 @@ class KernelExperts(nn.Module):
         flat = indices.reshape(-1, indices.shape[-1]).astype(mx.uint32)
         outputs = expert_outputs(self._kernels, self._banks, x.reshape(-1, x.shape[-1]), flat)
         return outputs.reshape(*indices.shape, x.shape[-1])
+
+    def weighted(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
+        """x [T, D], experts and router weights [T, A] -> the weighted sum of the chosen experts' outputs [T, D]."""
+        return weighted_outputs(self._kernels, self._banks, x, experts, weights)

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -333,8 +334,15 @@ def all_cases() -> Iterator[Case]:
         for codec in ("planes", "affine", "mxfp4"):
             yield from expert_cases(small_layer(dtype, codec))
         yield from (_hadamard_case(dtype, block) for block in (128, 1024))
-        yield _route_case(dtype, "softmax", Router(128, 8, normalise=True))
-        yield _route_case(dtype, "sigmoid in groups", Router(64, 6, "sigmoid", 8, 3, "top2", True, 1e-20, 2.5))
+        yield from route_cases(dtype)
+
+
+def route_cases(dtype: str) -> list[Case]:
+    """The routing kernel: the two kinds of score, with a bias and in groups."""
+    return [
+        _route_case(dtype, "softmax", Router(128, 8, normalise=True)),
+        _route_case(dtype, "sigmoid in groups", Router(64, 6, "sigmoid", 8, 3, "top2", True, 1e-20, 2.5)),
+    ]
 
 
 def expert_cases(layer: LayerShape) -> list[Case]:
@@ -520,9 +528,10 @@ def select(
         return _refused("a check of them did not come to its end on this GPU", say)
     kernels, layers = make(), (small_layer(layer.dtype), layer)
     needed = [check_key(kernel, layer.dtype, each.name) for each in layers for kernel in EXPERT_KERNELS]
+    needed += [check_key(case.kernel, case.dtype, case.variant) for case in route_cases(layer.dtype)]
     if any(key not in record.checks for key in needed):
         say("checking the Metal kernels on this GPU; this happens once")
-        cases = (case for each in layers for case in expert_cases(each))
+        cases = chain(route_cases(layer.dtype), *map(expert_cases, layers))
         run_checks(record, kernels, cases, path)
     for key in needed:
         found = record.checks[key]

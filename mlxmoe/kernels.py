@@ -585,8 +585,14 @@ def expert_outputs(
     tokens, active = experts.shape
     hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation)
     pairs = hidden.reshape(tokens * active, 1, -1)
-    ones = mx.ones((tokens * active, 1), mx.float32)
-    return kernels.expert_down(pairs, experts.reshape(-1, 1), ones, banks.down).reshape(tokens, active, -1)
+    weights = _ones(tokens * active)
+    return kernels.expert_down(pairs, experts.reshape(-1, 1), weights, banks.down).reshape(tokens, active, -1)
+
+
+@cache
+def _ones(count: int) -> mx.array:
+    """float32 [count, 1], made once: in the graph it would be a launch per layer."""
+    return mx.array(np.ones((count, 1), np.float32))
 
 
 def weighted_outputs(

@@ -22,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, load_tokenizer
 
 from mlxmoe.banks import fill_buckets, plane_banks
+from mlxmoe.blocks import fused_block
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.errors import UserError
 from mlxmoe.experts import ExpertLayer, KernelExperts, PlaneLinear
@@ -492,10 +493,14 @@ def _fill(prepared: Prepared, residency: Residency, nbytes_buffers: int) -> None
         dtype = activation_dtype(prepared.checkpoint.config)
         fill_buckets(layers, folder, prepared.plan, residency, dtype, chunk)
         return
-    replaced = []
+    family = model_classes(prepared.config)[1].name
+    replaced: list[tuple[str, nn.Module]] = []
     for path, (first, *between, last) in plane_banks(layers, folder, prepared.plan, residency):
         activation = activation_of(layers[path].activation)
         assert activation is not None
         banks = ExpertBanks(first, between[0] if between else None, last, activation)
-        replaced.append((path, KernelExperts(banks, prepared.kernels)))
+        # Where the block's routing rule is known, the block itself: its router and weighting are kernels as well.
+        block_path = path.rpartition(".")[0]
+        block = fused_block(_module(prepared.model, block_path), banks, prepared.kernels, family)
+        replaced.append((block_path, block) if block is not None else (path, KernelExperts(banks, prepared.kernels)))
     prepared.model.update_modules(tree_unflatten(replaced))

@@ -205,7 +205,7 @@ def test_quick_without_mlx(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
-TAKES_NO_MODEL = {"bench-kernels", "doctor"}
+TAKES_NO_MODEL = {"bench-kernels", "bench-launches", "doctor"}
 
 
 def subparser(command: str) -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ PACKAGE_LAYERS = [
     ["plan", "kernels"],
     ["reference", "store", "residency"],
     ["checkpoint", "models", "experts"],
-    ["banks", "kernel_choice"],
+    ["banks", "blocks", "kernel_choice"],
     [LOADER],
     ["session", "evaluate", "inspect", "doctor"],
     ["chat", "generate"],
@@ -37,7 +37,7 @@ CONVERT_LAYERS = [
     ["cli", "make_demo"],
 ]
 BENCH_LAYERS = [
-    ["checkpoint", "decode", "timing", "kernels"],
+    ["checkpoint", "decode", "timing", "kernels", "launches"],
     ["baseline", "class_weights", "convert_memory"],
     ["cli"],
 ]
