@@ -381,16 +381,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; status 1 when a config could not be counted."""
+    """Prints the table; status 1 when a config could not be counted. Raises UserError for one that cannot be read."""
+    folders = [path.parent if path.name == "config.json" else path for path in map(Path, args.configs)]
+    configs = [(folder.resolve().name, read_config(folder)) for folder in folders]
     rows, failed = [], []
     print(_HEADING)
-    for path in map(Path, args.configs):
-        folder = path.parent if path.name == "config.json" else path
+    for name, config in configs:
         try:
-            rows.append(count(folder.resolve().name, read_config(folder)))
+            rows.append(count(name, config))
         except UserError as error:
-            failed.append({"model": folder.resolve().name, "error": str(error)})
-            note(f"{folder.resolve().name}: {error}")
+            failed.append({"model": name, "error": str(error)})
+            note(f"{name}: {error}")
         else:
             print(_line(rows[-1]), flush=True)
     if args.json:

@@ -55,7 +55,6 @@ class Source:
         self._modules = dict(model.named_modules())
         tensors = self.tensors()
         self.trunk = [self._trunk_tensor(name, tensors[name]) for name in sorted(tensors) if not self._is_expert(name)]
-        self.expert_dtype = tensors[f"{self.sites[0].path}.{PROJECTIONS[self.sites[0].kind][0]}.weight"].dtype
         self.num_parameters = sum(int(np.prod(shape)) for shape in self._wanted.values())
 
     def tensors(self) -> dict[str, mx.array]:

@@ -135,6 +135,8 @@ def load(
 ) -> tuple[nn.Module, Any]:
     """(model, tokenizer) for mlx_lm.stream_generate. `source` None is the demo model; `memory` such as "8GB".
 
+    The ceiling counts on prefill in chunks of `open_model(...).report.prefill_step` tokens: for prompts longer than that,
+    pass it to stream_generate as prefill_step_size (the commands do), whose own default is 2048.
     Raises UserError (a ValueError) for bad input, and when the model does not fit, with the least that would work.
     """
     loaded = open_model(source, RuntimeConfig(parse_size(memory) if memory is not None else None, context))

@@ -14,6 +14,7 @@ import pytest
 
 from mlxmoe.bench import launches
 from mlxmoe.bench.launches import _as_on_gpu, _Constants, count, narrowed
+from mlxmoe.cli import main
 from mlxmoe.errors import UserError
 
 CONFIG: dict[str, Any] = {
@@ -141,3 +142,12 @@ def test_an_activation_without_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launches, "activation_of", lambda module: None)
     with pytest.raises(UserError, match="the kernels have no SwiGLU"):
         count("m", CONFIG)
+
+
+def test_a_config_that_cannot_be_read_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything is counted, as everywhere: one sentence, a hint, status 2."""
+    assert main(["bench", "launches", str(tmp_path / "none")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "has no config.json" in err
+    assert "hint:" in err
