@@ -5,23 +5,14 @@ Reads through ExpertStore, decides nothing: levels and widths come from residenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from mlxmoe.experts import Bucket, ExpertLayer
-from mlxmoe.formats import (
-    PLANE_WIDTHS,
-    MatrixShape,
-    array_bytes,
-    join_planes,
-    level_scale,
-    num_planes,
-    pack_codes,
-    unpack_codes,
-)
+from mlxmoe.formats import LEVELS, MatrixShape, array_bytes, level_scale, merge_planes, num_planes, write_floats
 from mlxmoe.kernels import PlaneBank
 from mlxmoe.plan import LayerPlan, Plan
 from mlxmoe.residency import Residency
@@ -29,14 +20,13 @@ from mlxmoe.store import ExpertStore, record_parts
 
 
 def fill_buckets(
-    layers: dict[str, ExpertLayer], folder: Path, plan: Plan, residency: Residency, dtype: mx.Dtype, chunk: int
+    layers: dict[str, ExpertLayer], folder: Path, plan: Plan, residency: Residency, dtype: mx.Dtype
 ) -> None:
-    """Reads the resident planes and sets the buckets of every layer (module path -> layer). `chunk`: weights unpacked at
-    a time, each taking up to 40 bytes while it lasts."""
+    """Reads the resident planes and sets the buckets of every layer (module path -> layer)."""
     widths = {layer.path: row for layer, row in zip(plan.layers, residency.widths, strict=True)}
     for layer, projections in _read(folder, plan, residency):
         for p, (shape, projection) in enumerate(zip(layer.projections, projections, strict=True)):
-            layers[layer.path][shape.name].fill(projection.buckets(widths[layer.path][p], dtype, chunk))
+            layers[layer.path][shape.name].fill(projection.buckets(widths[layer.path][p], dtype))
 
 
 def plane_banks(
@@ -71,6 +61,33 @@ def _read(folder: Path, plan: Plan, residency: Residency) -> Iterator[tuple[Laye
             )
 
 
+class MergedBank:
+    """Expert matrices of one projection as MLX's built-in products read them: `arrays` is written in place, row by row.
+
+    Allocates the memory. `write` touches bytes only, so any thread may call it, for rows that no graph is reading.
+    """
+
+    def __init__(self, shape: MatrixShape, bits: int, rows: int, dtype: mx.Dtype):
+        self._shape, self._bits, self._dtype = shape, bits, dtype
+        groups = shape.columns // shape.group_size
+        words = mx.zeros((rows, shape.rows, shape.code_nbytes(bits) // 4 // shape.rows), mx.uint32)
+        scales, biases = (mx.zeros((rows, shape.rows, groups), dtype) for _ in range(2))
+        mx.eval(words, scales, biases)
+        self.arrays = Bucket(bits, words, scales, biases)
+        self._rows = [
+            np.frombuffer(array_bytes(array), np.uint8).reshape(rows, -1) for array in (words, scales, biases)
+        ]
+
+    def write(self, row: int, planes: Sequence[np.ndarray], scales: np.ndarray, factor: float) -> None:
+        """One expert: its first planes (uint8 as stored) and its stored scales float16, times `factor` at this level."""
+        words, row_scales, row_biases = (rows[row] for rows in self._rows)
+        words[:] = merge_planes(planes, self._bits)
+        values = scales.astype(np.float32) * np.float32(factor)
+        half = np.float32(((1 << LEVELS[len(planes) - 1]) - 1) / 2)
+        write_floats(values, row_scales, self._dtype)
+        write_floats(-half * values, row_biases, self._dtype)
+
+
 class _Projection:
     """One projection of a layer's experts: from the records that were read to what a product reads."""
 
@@ -93,56 +110,25 @@ class _Projection:
             bank.write_scales(expert, self._part(expert, 0, "scales").view(np.float16), self._factor(expert))
         return bank
 
-    def buckets(self, width: int, dtype: mx.Dtype, chunk: int) -> list[tuple[list[int], Bucket]]:
-        """Merged codes: one bucket of the given field width, or (0) one per resident level. `chunk`: weights unpacked at a
-        time, each taking up to 40 bytes while it lasts."""
+    def buckets(self, width: int, dtype: mx.Dtype) -> list[tuple[list[int], Bucket]]:
+        """Merged codes: one bucket of the given field width, or (0) one per resident level."""
         widths = {e: width or level for e, level in enumerate(self._levels)}
-        return [
-            (experts, self._bucket(experts, bits, dtype, chunk))
-            for bits in sorted(set(widths.values()))
-            if (experts := [e for e in widths if widths[e] == bits])
-        ]
-
-    def _bucket(self, experts: list[int], bits: int, dtype: mx.Dtype, chunk: int) -> Bucket:
-        shape = self._shape
-        step = max(1, chunk // shape.num_weights)
-        words = mx.zeros((len(experts), shape.rows, shape.code_nbytes(bits) // 4 // shape.rows), mx.uint32)
-        mx.eval(words)
-        bank = np.frombuffer(array_bytes(words), np.uint32).reshape(words.shape)  # written in place
-        groups = shape.columns // shape.group_size
-        scales = np.empty((len(experts), shape.rows, groups), np.float32)
-        biases = np.empty_like(scales)
-        for row, expert in enumerate(experts):
-            level = self._levels[expert]
-            factor = self._factor(expert)
-            stored = self._part(expert, 0, "scales").view(np.float16).reshape(shape.rows, groups)
-            np.multiply(stored, np.float32(factor), out=scales[row], dtype=np.float32)
-            np.multiply(scales[row], np.float32(-((1 << level) - 1) / 2), out=biases[row])
-        for level in sorted({self._levels[e] for e in experts}):
-            rows = [row for row, e in enumerate(experts) if self._levels[e] == level]
-            for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                codes = self._codes([experts[row] for row in part], level)
-                bank[part] = np.array(pack_codes(codes, bits))
-        arrays = words, mx.array(scales).astype(dtype), mx.array(biases).astype(dtype)
-        mx.eval(arrays)
-        return Bucket(bits, *arrays)
+        buckets = []
+        for bits in sorted(set(widths.values())):
+            experts = [e for e in widths if widths[e] == bits]
+            bucket = MergedBank(self._shape, bits, len(experts), dtype)
+            for row, expert in enumerate(experts):
+                planes = [self._part(expert, j, "words") for j in range(num_planes(self._levels[expert]))]
+                scales = self._part(expert, 0, "scales").view(np.float16)
+                bucket.write(row, planes, scales, self._factor(expert))
+            buckets.append((experts, bucket.arrays))
+        return buckets
 
     def _factor(self, expert: int) -> float:
         """What the stored scales are multiplied with at the resident level."""
         entry, level = self._layer.experts[expert], self._levels[expert]
         written, gains = entry.levels[self._projection], entry.gains[self._projection]
         return level_scale(written, level, 1.0 if level == written else gains[num_planes(level) - 1])
-
-    def _codes(self, experts: list[int], level: int) -> mx.array:
-        """uint8 [n, N, K]: the first `level` bits of these experts' codes."""
-        planes = []
-        for plane, width in enumerate(PLANE_WIDTHS[: num_planes(level)]):
-            words = np.stack(
-                [self._part(e, plane, "words").view(np.uint32).reshape(self._shape.rows, -1) for e in experts]
-            )
-            planes.append(unpack_codes(mx.array(words), width, self._shape.columns))
-        return join_planes(planes)
 
     def _part(self, expert: int, plane: int, field_name: str) -> np.ndarray:
         """uint8 view of one array of a record."""

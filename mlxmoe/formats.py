@@ -16,9 +16,12 @@ Shapes: E experts, N rows (outputs), K columns (inputs), G group size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlxmoe.errors import UserError
 
@@ -94,6 +97,52 @@ def join_planes(planes: list[mx.array]) -> mx.array:
     for plane, width in zip(planes[1:], PLANE_WIDTHS[1:], strict=False):
         codes = (codes << width) | plane
     return codes
+
+
+def merge_planes(planes: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """The first planes as they are stored (uint8 bytes) -> the bytes of the truncated code in fields of `width` bits.
+
+    What pack_codes(join_planes(unpacked planes), width) gives, on the host and without unpacking: eight codes are one or
+    two bytes of a plane and `width` bytes of the result, so each plane is a table look-up. K must be a multiple of 8.
+    """
+    below = LEVELS[len(planes) - 1]
+    merged: np.ndarray = np.zeros(planes[0].size // PLANE_WIDTHS[0], np.uint32 if width <= 4 else np.uint64)
+    spread: np.ndarray = np.empty_like(merged)
+    for plane, plane_width in zip(planes, PLANE_WIDTHS, strict=False):
+        below -= plane_width
+        eights: np.ndarray = plane.view(np.uint16 if plane_width == 2 else np.uint8)
+        # mode clip: without it NumPy looks through the indices and makes a copy first
+        np.take(_spread_table(plane_width, width, below), eights, out=spread, mode="clip")
+        np.bitwise_or(merged, spread, out=merged)
+    return merged.view(np.uint8).reshape(-1, merged.itemsize)[:, :width].reshape(-1)
+
+
+@cache
+def _spread_table(plane_width: int, width: int, below: int) -> np.ndarray:
+    """Eight codes of a plane -> the same in fields of `width` bits, shifted by the bits that lie below them."""
+    eights = np.arange(1 << (8 * plane_width), dtype=np.uint64)
+    table = np.zeros_like(eights)
+    for i in range(8):
+        code = (eights >> np.uint64(i * plane_width)) & np.uint64((1 << plane_width) - 1)
+        table |= code << np.uint64(i * width + below)
+    return table.astype(np.uint32 if width <= 4 else np.uint64)
+
+
+def read_floats(data: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """uint8 bytes that hold float16, bfloat16 or float32 -> float32 values. NumPy knows no bfloat16."""
+    if dtype == mx.bfloat16:
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return data.view(np.float16 if dtype == mx.float16 else np.float32).astype(np.float32)
+
+
+def write_floats(values: np.ndarray, out: np.ndarray, dtype: mx.Dtype) -> None:
+    """Writes float32 values as float16, bfloat16 or float32, rounded to nearest even, into as many bytes (uint8)."""
+    flat = values.reshape(-1)
+    if dtype == mx.bfloat16:
+        bits = flat.view(np.uint32)
+        out.view(np.uint16)[:] = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    else:
+        out.view(np.float16 if dtype == mx.float16 else np.float32)[:] = flat
 
 
 def array_bytes(array: mx.array) -> memoryview:

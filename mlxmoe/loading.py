@@ -263,7 +263,7 @@ def open_model(source: str | Path | None, config: RuntimeConfig = RuntimeConfig(
     for array in named_arrays(prepared.model.parameters()).values():
         mx.eval(array)  # one after the other, so that only one is there twice
     if plan is not None and residency is not None:
-        _fill(prepared, residency, reserve.nbytes)
+        _fill(prepared, residency)
     report = LoadReport(
         source=checkpoint.name,
         folder=checkpoint.folder,
@@ -485,15 +485,13 @@ def _limit_memory(memory: int, nbytes_buffers: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _fill(prepared: Prepared, residency: Residency, nbytes_buffers: int) -> None:
+def _fill(prepared: Prepared, residency: Residency) -> None:
     """Reads the resident planes and gives every layer its experts: merged for MLX's built-ins, or as they are for the
     kernels, whose layers take the place of the built-ins'."""
     assert prepared.plan is not None
     layers, folder = _expert_layers(prepared.model), prepared.checkpoint.folder
     if prepared.kernels is None:
-        chunk = max(1 << 14, min(1 << 22, nbytes_buffers // 64))  # 40 bytes a weight stay inside the reserve
-        dtype = activation_dtype(prepared.checkpoint.config)
-        fill_buckets(layers, folder, prepared.plan, residency, dtype, chunk)
+        fill_buckets(layers, folder, prepared.plan, residency, activation_dtype(prepared.checkpoint.config))
         return
     family = model_classes(prepared.config)[1].name
     replaced: list[tuple[str, nn.Module]] = []

@@ -19,11 +19,14 @@ from mlxmoe.formats import (
     dequantize_codes,
     join_planes,
     level_scale,
+    merge_planes,
     num_planes,
     pack_codes,
+    read_floats,
     split_planes,
     unpack_codes,
     words_per_row,
+    write_floats,
 )
 
 AWKWARD = (1, 31, 32, 33, 63, 64, 65, 96, 127, 128, 160, 257)
@@ -81,6 +84,27 @@ def test_prefix_of_planes_is_the_truncated_code(level: int, columns: int, rows: 
     )
     for lower in LEVELS[: num_planes(level)]:
         assert mx.array_equal(join_planes(planes[: num_planes(lower)]), codes >> (level - lower))
+
+
+@pytest.mark.parametrize(("level", "width"), [(lv, w) for lv in LEVELS for w in (2, 3, 4, 6, 8) if w >= lv])
+def test_planes_merge_to_the_packed_code(level: int, width: int) -> None:
+    """On the host and without unpacking, into fields that may be wider than the code."""
+    codes = random_codes(3, 96, level, seed=level)
+    planes = [pack_codes(p, w) for p, w in zip(split_planes(codes, level), PLANE_WIDTHS, strict=False)]
+    merged = merge_planes([np.array(plane).view(np.uint8).reshape(-1) for plane in planes], width)
+    assert bytes(merged) == bytes(array_bytes(pack_codes(codes, width)))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_floats_are_written_as_mlx_casts_them(dtype: mx.Dtype) -> None:
+    """Ties included: the halves between neighbouring bfloat16 values go to the even one."""
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    values[:4] = [1.00390625, 1.01171875, -1.00390625, 0.0]
+    cast = mx.array(values).astype(dtype)
+    out = np.empty(values.size * dtype.size, np.uint8)
+    write_floats(values, out, dtype)
+    assert bytes(out) == bytes(array_bytes(cast))
+    assert np.array_equal(read_floats(out, dtype), np.array(cast.astype(mx.float32)))
 
 
 @pytest.mark.parametrize("level", LEVELS)
