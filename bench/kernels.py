@@ -23,7 +23,15 @@ import numpy as np
 from mlxmoe.arguments import note, print_json
 from mlxmoe.errors import UserError
 from mlxmoe.formats import GROUP_SIZES, LEVELS, MatrixShape, choose_group_size
-from mlxmoe.kernels import Activation, MetalKernels, PlaneBank, ReferenceKernels, sort_by_expert
+from mlxmoe.kernels import (
+    EPILOGUE_BLOCKS,
+    Activation,
+    MetalKernels,
+    PlaneBank,
+    ReferenceKernels,
+    Rotation,
+    sort_by_expert,
+)
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16}
 # Largest error against the largest output: half a unit in the last place
@@ -55,8 +63,12 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one layer. Ratios are to the bytes of the chosen experts' codes and scales: words and scales alone,
-    and all distinct bytes of the dispatch; None where it was not measured."""
+    """One kernel on one layer. `weight_nbytes`: codes and scales of the chosen experts. None where it was not measured.
+
+    requested: bytes of `words` that simdgroup instructions asked for, over weight_nbytes; read: distinct bytes of them;
+    all_read: all distinct bytes of the dispatch, over weight_nbytes; over_least: the same over weights, activations and
+    routing together, which no kernel can do without.
+    """
 
     model: str
     kernel: str
@@ -65,9 +77,10 @@ class Row:
     error: float
     within_rounding: bool
     weight_nbytes: int
-    words_requested: float | None = None
-    scales_read: float | None = None
+    requested: float | None = None
+    read: float | None = None
     all_read: float | None = None
+    over_least: float | None = None
     simple_per_weight: float | None = None
     complex_per_weight: float | None = None
     findings: int | None = None
@@ -96,6 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="also the gate product of so many tokens, each sent to all experts of the bank (default: not measured)",
     )
+    parser.add_argument(
+        "--rotation",
+        type=int,
+        choices=EPILOGUE_BLOCKS,
+        help="block of the Hadamard transform that ends expert_gate_up (default: none)",
+    )
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
@@ -103,12 +122,17 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table; status 1 when a kernel is wrong."""
     if args.prefill is not None and args.prefill < 1:
         raise UserError(f"--prefill is {args.prefill}, expected 1 or more", "leave it out to measure decode only")
+    models = args.models or list(MODELS)
+    for model in models:
+        if args.rotation and MODELS[model].hidden % args.rotation:
+            found = f"the {MODELS[model].hidden} hidden values of {model} are no multiple of --rotation {args.rotation}"
+            raise UserError(found, "name other layers with --models, or another block")
     rows = []
     bench = _on_gpu if MetalKernels.available() else _simulator()
     print(_heading())
-    for model in args.models or MODELS:
+    for model in models:
         for level in args.level or ("2", "mixed"):
-            for row in bench(model, level, args.dtype, args.prefill or 0):
+            for row in bench(_Setting(model, level, args.dtype, args.prefill or 0, args.rotation or 0)):
                 print(_line(row), flush=True)
                 rows.append(row)
     if not MetalKernels.available():
@@ -126,21 +150,44 @@ def run(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Setting(NamedTuple):
+    """What of a model is measured: tokens of prefill and block of the rotation, 0 for none."""
+
+    model: str
+    level: str
+    dtype: str
+    prefill: int
+    rotation: int
+
+
 class _Case(NamedTuple):
-    """A kernel's launch and its reference, and the banks whose chosen experts it reads."""
+    """A kernel's launch and its reference, the banks whose chosen experts it reads, and what else it has to read."""
 
     kernel: str
     launch: Callable[[MetalKernels], mx.array]
     exact: mx.array
     banks: tuple[PlaneBank, ...]
+    others: tuple[mx.array, ...]
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Codes and scales."""
+        return sum(bank.nbytes - bank.table.nbytes for bank in self.banks)
+
+    @property
+    def least_nbytes(self) -> int:
+        """The least that any kernel could read for this result."""
+        biases = [bank.bias.nbytes for bank in self.banks if bank.bias is not None]
+        return self.weight_nbytes + sum(array.nbytes for array in self.others) + sum(biases)
 
 
-def _cases(model: str, level: str, dtype: str, prefill: int) -> list[_Case]:
-    """Both decode kernels of one token, and the gate product of `prefill` tokens.
+def _cases(setting: _Setting) -> list[_Case]:
+    """Both decode kernels of one token, and the gate product of the tokens of prefill.
 
     The banks hold the chosen experts only: which ones they are does not change a byte.
     """
-    layer = MODELS[model]
+    _, level, dtype, prefill, block = setting
+    layer = MODELS[setting.model]
     levels = [_MIXED[i % len(_MIXED)] if level == "mixed" else int(level) for i in range(layer.active)]
     gate, up = (_bank(levels, layer.hidden, layer.width, layer.bias, seed) for seed in (1, 2))
     down = _bank(levels, layer.width, layer.hidden, layer.bias, 3)
@@ -149,17 +196,26 @@ def _cases(model: str, level: str, dtype: str, prefill: int) -> list[_Case]:
     hidden = mx.array(state.standard_normal((1, layer.active, layer.hidden)).astype(np.float32)).astype(DTYPES[dtype])
     experts = mx.array(state.permutation(layer.active)[None].astype(np.uint32))
     weights = mx.array(state.dirichlet(np.ones(layer.active))[None].astype(np.float32))
+    signs = mx.array(state.choice([-1.0, 1.0], layer.hidden).astype(np.float16))
+    rotation = Rotation(signs, block) if block else None
     reference = ReferenceKernels()
-    exact_hidden = reference.expert_gate_up(x.astype(mx.float32), experts, gate, up, layer.activation)
+    exact_hidden = reference.expert_gate_up(x.astype(mx.float32), experts, gate, up, layer.activation, rotation)
     exact = reference.expert_down(hidden.astype(mx.float32), experts, weights, down)
     cases = [
         _Case(
             "expert_gate_up",
-            lambda kernels: kernels.expert_gate_up(x, experts, gate, up, layer.activation),
+            lambda kernels: kernels.expert_gate_up(x, experts, gate, up, layer.activation, rotation),
             exact_hidden,
             (gate, up),
+            (x, experts, signs) if block else (x, experts),
         ),
-        _Case("expert_down", lambda kernels: kernels.expert_down(hidden, experts, weights, down), exact, (down,)),
+        _Case(
+            "expert_down",
+            lambda kernels: kernels.expert_down(hidden, experts, weights, down),
+            exact,
+            (down,),
+            (hidden, experts, weights),
+        ),
     ]
     if prefill:
         many = mx.array(state.standard_normal((prefill, layer.width)).astype(np.float32)).astype(DTYPES[dtype])
@@ -167,7 +223,13 @@ def _cases(model: str, level: str, dtype: str, prefill: int) -> list[_Case]:
         rows = (order // layer.active).astype(mx.uint32)
         exact = reference.expert_gemm(many.astype(mx.float32), rows, offsets, gate)
         cases.append(
-            _Case("expert_gemm", lambda kernels: kernels.expert_gemm(many, rows, offsets, gate), exact, (gate,))
+            _Case(
+                "expert_gemm",
+                lambda kernels: kernels.expert_gemm(many, rows, offsets, gate),
+                exact,
+                (gate,),
+                (many, rows, offsets),
+            )
         )
     return cases
 
@@ -182,15 +244,15 @@ def _bank(levels: Sequence[int], rows: int, columns: int, bias: bool, seed: int)
         for plane in range(len([each for each in LEVELS if each <= level])):
             bank.write_plane(expert, plane, state.bytes(shape.plane_nbytes(plane)))
         scales = state.uniform(0.5, 1.5, shape.num_groups) / (2**level * columns**0.5)
-        bank.write_scales(expert, scales.astype(np.float32), 1.0)
+        bank.write_scales(expert, scales.astype(np.float16), 1.0)
     return bank
 
 
-def _row(case: _Case, found: mx.array, model: str, level: str, dtype: str, **measured: Any) -> Row:
+def _row(case: _Case, found: mx.array, setting: _Setting, **measured: Any) -> Row:
     error = float(np.array(mx.abs(found.astype(mx.float32) - case.exact).max() / mx.abs(case.exact).max()))
-    nbytes = sum(bank.words.nbytes + bank.scales.nbytes for bank in case.banks)
-    within = error <= TOLERANCE[dtype]
-    return Row(model, case.kernel, level, dtype, error, within, nbytes, **measured)
+    within = error <= TOLERANCE[setting.dtype]
+    named = setting.model, case.kernel, setting.level, setting.dtype
+    return Row(*named, error, within, case.weight_nbytes, **measured)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,9 +260,9 @@ def _row(case: _Case, found: mx.array, model: str, level: str, dtype: str, **mea
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _on_gpu(model: str, level: str, dtype: str, prefill: int) -> list[Row]:
+def _on_gpu(setting: _Setting) -> list[Row]:
     kernels, rows = MetalKernels(), []
-    for case in _cases(model, level, dtype, prefill):
+    for case in _cases(setting):
         found = case.launch(kernels)
         mx.eval(found)
         seconds = []
@@ -209,7 +271,7 @@ def _on_gpu(model: str, level: str, dtype: str, prefill: int) -> list[Row]:
             start = time.perf_counter()
             mx.eval([case.launch(kernels) for _ in range(_REPEATS)])
             seconds.append((time.perf_counter() - start) / _REPEATS)
-        row = _row(case, found, model, level, dtype)
+        row = _row(case, found, setting)
         rows.append(
             Row(
                 **{
@@ -222,44 +284,42 @@ def _on_gpu(model: str, level: str, dtype: str, prefill: int) -> list[Row]:
     return rows
 
 
-def _simulator() -> Callable[[str, str, str, int], list[Row]]:
+def _simulator() -> Callable[[_Setting], list[Row]]:
     """The same measurement in metalsim. Raises UserError where it is not at hand."""
     metalsim = _load_metalsim()
     reason = metalsim.missing()
     if reason is not None:
         raise UserError(f"the kernels cannot be executed here: {reason}", "install it, or run this on a Mac")
 
-    def bench(model: str, level: str, dtype: str, prefill: int) -> list[Row]:
+    def bench(setting: _Setting) -> list[Row]:
         rows = []
-        for case in _cases(model, level, dtype, prefill):
+        for case in _cases(setting):
             results: list[Any] = []
 
             def factory(results: list[Any] = results, **kernel: Any) -> Callable[..., list[mx.array]]:
                 def call(**launch: Any) -> list[mx.array]:
-                    results.append(metalsim.run(**kernel, **launch, count=True))
+                    results.append(metalsim.run(**kernel, **launch, profile=True, count=True))
                     return results[-1].outputs
 
                 return call
 
             found = case.launch(MetalKernels(factory))
-            rows.append(_row(case, found, model, level, dtype, **_measured(case, results[-1])))
+            rows.append(_row(case, found, setting, **_measured(case, results[-1])))
         return rows
 
     return bench
 
 
 def _measured(case: _Case, result: Any) -> dict[str, Any]:
-    words = sum(bank.words.nbytes for bank in case.banks)
-    scales = sum(bank.scales.nbytes for bank in case.banks)
     weights = sum(bank.num_experts * bank.shape.num_weights for bank in case.banks)
-    read = {name: stats for name, stats in result.buffers.items() if not name.startswith(("hidden", "out"))}
-    of_words = [stats for name, stats in read.items() if name.endswith("words")]
-    of_scales = [stats for name, stats in read.items() if name.endswith("scales")]
+    of_words = [stats for name, stats in result.buffers.items() if name.endswith("words")]
+    all_read = sum(stats.unique_read for stats in result.buffers.values())
     per_weight = result.operations.per(weights)
     return {
-        "words_requested": sum(stats.requested for stats in of_words) / words,
-        "scales_read": sum(stats.unique_read for stats in of_scales) / scales,
-        "all_read": sum(stats.unique_read for stats in result.buffers.values()) / (words + scales),
+        "requested": sum(stats.simd_bytes for stats in of_words) / case.weight_nbytes,
+        "read": sum(stats.unique_read for stats in of_words) / case.weight_nbytes,
+        "all_read": all_read / case.weight_nbytes,
+        "over_least": all_read / case.least_nbytes,
         "simple_per_weight": per_weight["simple"],
         "complex_per_weight": per_weight["complex"],
         "findings": len(result.findings),
@@ -309,9 +369,10 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("level", "bits", "{:<6}"),
     ("error", "error", "{:>8.1e}"),
     ("weight_nbytes", "bytes", "{:>11}"),
-    ("words_requested", "words", "{:>6.3f}"),
-    ("scales_read", "scales", "{:>7.3f}"),
+    ("requested", "asked", "{:>6.3f}"),
+    ("read", "read", "{:>6.3f}"),
     ("all_read", "all", "{:>6.3f}"),
+    ("over_least", "least", "{:>6.3f}"),
     ("simple_per_weight", "simple", "{:>7.2f}"),
     ("complex_per_weight", "complex", "{:>8.2f}"),
     ("findings", "found", "{:>6}"),

@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -335,12 +335,31 @@ class Row:
     def moe_ratio(self) -> float:
         return self.ours.moe / self.stock.moe
 
+    @property
+    def meets_bar(self) -> bool:
+        """At most half of stock's launches in the MoE blocks, and no more than stock's in the rest."""
+        return 2 * self.ours.moe <= self.stock.moe and self.ours.rest <= self.stock.rest
+
     def as_json(self) -> dict[str, Any]:
         sides = {
             name: {"per_token": s.total, "per_moe_layer": s.moe / self.layers, **asdict(s)}
             for name, s in (("stock", self.stock), ("ours", self.ours))
         }
-        return {"model": self.model, "moe_layers": self.layers, **sides, "moe_ratio": round(self.moe_ratio, 4)}
+        summary = {"moe_ratio": round(self.moe_ratio, 4), "meets_bar": self.meets_bar}
+        return {"model": self.model, "moe_layers": self.layers, **sides, **summary}
+
+
+def _require_whole(name: str, config: dict[str, Any]) -> None:
+    """Raises UserError for a config without one of the settings that have no default in mlx-lm."""
+    required = [
+        f.name for f in fields(mlx_lm.utils._get_classes(config)[1]) if f.default is f.default_factory is MISSING
+    ]
+    absent = [setting for setting in required if setting not in config]
+    if absent:
+        raise UserError(
+            f"config.json of {name} lacks {', '.join(absent)}, which mlx-lm requires",
+            "take the whole config.json of the model's repository",
+        )
 
 
 def count(name: str, config: dict[str, Any]) -> Row:
@@ -348,7 +367,10 @@ def count(name: str, config: dict[str, Any]) -> Row:
     constants = _Constants()
     config = narrowed(normalise_config(config))
     try:
+        _require_whole(name, config)
         model = _build(config, mlx_lm.utils._get_classes, constants)
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"stock mlx-lm does not build {name}: {error}", "it has nothing to compare with") from error
     stock = step_launches(model, constants)
@@ -394,6 +416,8 @@ def run(args: argparse.Namespace) -> int:
             note(f"{name}: {error}")
         else:
             print(_line(rows[-1]), flush=True)
+    met = sum(row.meets_bar for row in rows)
+    print(f"at most half of stock's launches in the MoE block, no more in the rest: {met} of {len(rows)}")
     if args.json:
         print_json({"rows": [row.as_json() for row in rows], "not_counted": failed})
     return 1 if failed else 0

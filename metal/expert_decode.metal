@@ -4,6 +4,7 @@
 //
 // T tokens, A active experts per token, D model dim, F expert dim. LANES neighbouring lanes of a simdgroup share ROWS
 // rows and take the units of a row in turn; so a simdgroup has a tile of ROWS * 32 / LANES rows.
+#include "hadamard.h"
 #include "planes.h"
 #include "stock.h"
 
@@ -37,6 +38,43 @@ METAL_FUNC float activate(float gate, float up, const constant float* parameters
   return gate * sigmoid(gate) * up;
 }
 
+// A lane's part of the gate and up products of an expert's rows first_row to first_row + ROWS - 1: the caller sums over the
+// LANES lanes that share them and multiplies with matrix_scale. No up products for RELU2.
+template <typename T, int D, int F, int G, int LANES, int ROWS, int ACTIVATION, typename Expert>
+METAL_FUNC void gate_up_products(
+    const device T* x,
+    Expert gate,
+    Expert up,
+    int first_row,
+    uint lane,
+    thread float* gate_sums,
+    thread float* up_sums) {
+#pragma clang loop unroll(full)
+  for (int r = 0; r < ROWS; r++) {
+    gate_sums[r] = 0.0f;
+    up_sums[r] = 0.0f;
+  }
+  for (int unit = lane % LANES; unit < D / UNIT; unit += LANES) {
+    float xs[UNIT];
+    const float total = load_unit(x + unit * UNIT, xs);
+    add_unit<D, G, ROWS>(gate, xs, total, unit, first_row, F - 1, gate_sums);
+    if (ACTIVATION != RELU2) {
+      add_unit<D, G, ROWS>(up, xs, total, unit, first_row, F - 1, up_sums);
+    }
+  }
+}
+
+// The hidden value of a row: `index` is its place in the biases [E, F].
+template <int ACTIVATION, bool BIAS, typename GateBias, typename UpBias>
+METAL_FUNC float hidden_value(
+    float gate_sum, float up_sum, GateBias gate_bias, UpBias up_bias, int index, const constant float* parameters) {
+  if (BIAS) {
+    gate_sum += float(gate_bias[index]);
+    up_sum += ACTIVATION != RELU2 ? float(up_bias[index]) : 0.0f;
+  }
+  return activate<ACTIVATION>(gate_sum, up_sum, parameters);
+}
+
 // hidden [T * A, F] = activation of the gate and up products of every (token, chosen expert) pair.
 // Grid: 32 threads per tile of rows, T * A. x [T, D], experts [T * A].
 template <typename T, int D, int F, int A, int G, int LANES, int ROWS, int ACTIVATION, bool BIAS,
@@ -58,35 +96,82 @@ METAL_FUNC void expert_gate_up(
   const int first_row = (tile * (32 / LANES) + lane / LANES) * ROWS;
   const auto gate = find_expert<F, D, G>(gate_bank, expert);
   const auto up = find_expert<F, D, G>(up_bank, expert);
-  const device T* row_x = x + (pair / A) * D;
 
   float gate_sums[ROWS];
   float up_sums[ROWS];
+  gate_up_products<T, D, F, G, LANES, ROWS, ACTIVATION>(
+      x + (pair / A) * D, gate, up, first_row, lane, gate_sums, up_sums);
 #pragma clang loop unroll(full)
   for (int r = 0; r < ROWS; r++) {
-    gate_sums[r] = 0.0f;
-    up_sums[r] = 0.0f;
-  }
-  for (int unit = lane % LANES; unit < D / UNIT; unit += LANES) {
-    float xs[UNIT];
-    const float total = load_unit(row_x + unit * UNIT, xs);
-    add_unit<D, G, ROWS>(gate, xs, total, unit, first_row, F - 1, gate_sums);
-    if (ACTIVATION != RELU2) {
-      add_unit<D, G, ROWS>(up, xs, total, unit, first_row, F - 1, up_sums);
-    }
-  }
-#pragma clang loop unroll(full)
-  for (int r = 0; r < ROWS; r++) {
-    float gate_sum = lane_sum<LANES>(gate_sums[r]);
-    float up_sum = ACTIVATION != RELU2 ? lane_sum<LANES>(up_sums[r]) : 0.0f;
+    const float gate_sum = lane_sum<LANES>(gate_sums[r]) * matrix_scale(gate);
+    const float up_sum = ACTIVATION != RELU2 ? lane_sum<LANES>(up_sums[r]) * matrix_scale(up) : 0.0f;
     const int row = first_row + r;
     if (lane % LANES == 0 && row < F) {
-      if (BIAS) {
-        gate_sum += float(gate_bias[expert * F + row]);
-        up_sum += ACTIVATION != RELU2 ? float(up_bias[expert * F + row]) : 0.0f;
-      }
-      hidden[pair * F + row] = T(activate<ACTIVATION>(gate_sum, up_sum, parameters));
+      hidden[pair * F + row] =
+          T(hidden_value<ACTIVATION, BIAS>(gate_sum, up_sum, gate_bias, up_bias, expert * F + row, parameters));
     }
+  }
+}
+
+// The same with a signed block-Hadamard transform of the hidden values as epilogue, which saves a dispatch and a rounding:
+// BLOCK is 64 or 128, a multiple of the tile, and divides F; signs [F].
+// Grid: 32 * SIMDGROUPS threads per block, T * A. `values` holds BLOCK values.
+template <typename T, int D, int F, int A, int G, int LANES, int ROWS, int ACTIVATION, bool BIAS,
+          int BLOCK, int SIMDGROUPS,
+          typename Bank, typename Experts, typename GateBias, typename UpBias, typename Signs>
+METAL_FUNC void expert_gate_up_rotated(
+    const device T* x,
+    Experts experts,
+    Bank gate_bank,
+    Bank up_bank,
+    GateBias gate_bias,
+    UpBias up_bias,
+    const constant float* parameters,
+    Signs signs,
+    device T* hidden,
+    threadgroup float* values,
+    uint3 threadgroup_position,
+    uint simdgroup,
+    uint lane) {
+  constexpr int TILE = ROWS * (32 / LANES);
+  constexpr int EACH = BLOCK / 32;
+  const int pair = threadgroup_position.y;
+  const int block_row = int(threadgroup_position.x) * BLOCK;
+  const int expert = experts[pair];
+  const auto gate = find_expert<F, D, G>(gate_bank, expert);
+  const auto up = find_expert<F, D, G>(up_bank, expert);
+
+  for (int tile = simdgroup; tile < BLOCK / TILE; tile += SIMDGROUPS) {
+    const int local_row = tile * TILE + int(lane / LANES) * ROWS;
+    float gate_sums[ROWS];
+    float up_sums[ROWS];
+    gate_up_products<T, D, F, G, LANES, ROWS, ACTIVATION>(
+        x + (pair / A) * D, gate, up, block_row + local_row, lane, gate_sums, up_sums);
+#pragma clang loop unroll(full)
+    for (int r = 0; r < ROWS; r++) {
+      const float gate_sum = lane_sum<LANES>(gate_sums[r]) * matrix_scale(gate);
+      const float up_sum = ACTIVATION != RELU2 ? lane_sum<LANES>(up_sums[r]) * matrix_scale(up) : 0.0f;
+      const int row = block_row + local_row + r;
+      if (lane % LANES == 0) {
+        values[local_row + r] = float(signs[row]) *
+            hidden_value<ACTIVATION, BIAS>(gate_sum, up_sum, gate_bias, up_bias, expert * F + row, parameters);
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup != 0) {
+    return;
+  }
+  const float scale = 1.0f / sqrt(float(BLOCK));
+  float mine[EACH];
+#pragma clang loop unroll(full)
+  for (int i = 0; i < EACH; i++) {
+    mine[i] = values[int(lane) * EACH + i];
+  }
+  hadamard_in_simdgroup<EACH>(mine, lane);
+#pragma clang loop unroll(full)
+  for (int i = 0; i < EACH; i++) {
+    hidden[pair * F + block_row + int(lane) * EACH + i] = T(mine[i] * scale);
   }
 }
 
@@ -132,13 +217,14 @@ METAL_FUNC void expert_down(
       const float total = load_unit(hidden + pair * F + unit * UNIT, xs);
       add_unit<F, G, ROWS>(packed, xs, total, unit, first_row, D - 1, sums);
     }
+    const float share = weight * matrix_scale(packed);
 #pragma clang loop unroll(full)
     for (int r = 0; r < ROWS; r++) {
+      totals[r] = fma(share, sums[r], totals[r]);
       // one lane of those that share the row adds the bias
       if (BIAS && lane % LANES == 0 && first_row + r < D) {
-        sums[r] += float(bias[expert * D + first_row + r]);
+        totals[r] = fma(weight, float(bias[expert * D + first_row + r]), totals[r]);
       }
-      totals[r] = fma(weight, sums[r], totals[r]);
     }
   }
 #pragma clang loop unroll(full)

@@ -3,25 +3,7 @@
 //
 // BLOCK is a power of two from 64 to 4096. A simdgroup transforms up to 512 values, CHUNK / 32 neighbours per lane;
 // larger blocks exchange the simdgroups' parts through threadgroup memory.
-#include <metal_stdlib>
-using namespace metal;
-
-// One level of the fast transform over N values, N a power of two, strides 1 to N / 2.
-template <int N>
-METAL_FUNC void hadamard_in_registers(thread float* values) {
-#pragma clang loop unroll(full)
-  for (int stride = 1; stride < N; stride *= 2) {
-#pragma clang loop unroll(full)
-    for (int i = 0; i < N; i++) {
-      if ((i & stride) == 0) {
-        const float a = values[i];
-        const float b = values[i + stride];
-        values[i] = a + b;
-        values[i + stride] = a - b;
-      }
-    }
-  }
-}
+#include "hadamard.h"
 
 // x, y [R, COLUMNS], signs [COLUMNS]. Grid: one threadgroup of SIMDGROUPS * 32 threads per block of x.
 // `exchange` holds BLOCK values when there is more than one simdgroup.
@@ -47,16 +29,7 @@ METAL_FUNC void hadamard_blocks(
   for (int i = 0; i < EACH; i++) {
     values[i] = float(x[start + first + i]) * float(signs[column + i]);
   }
-  hadamard_in_registers<EACH>(values);
-#pragma clang loop unroll(full)
-  for (int step = 1; step < 32; step *= 2) {
-    const bool upper = (lane & step) != 0;
-#pragma clang loop unroll(full)
-    for (int i = 0; i < EACH; i++) {
-      const float other = simd_shuffle_xor(values[i], ushort(step));
-      values[i] = upper ? other - values[i] : values[i] + other;
-    }
-  }
+  hadamard_in_simdgroup<EACH>(values, lane);
   if (SIMDGROUPS == 1) {
 #pragma clang loop unroll(full)
     for (int i = 0; i < EACH; i++) {

@@ -4,19 +4,21 @@
 
 #include "units.h"
 
-constant constexpr int TABLE_WIDTH = 8;  // level, word offset of each of up to 5 planes, two spare words
+constant constexpr int TABLE_WIDTH = 8;   // level, word offset of each of up to 5 planes, and:
+constant constexpr int TABLE_SCALES = 6;  // word offset of the scales
+constant constexpr int TABLE_FACTOR = 7;  // float32 factor on them
 
 // One projection of all experts of a layer: see PlaneBank in mlxmoe/kernels.py.
 struct PlaneBank {
-  const device uint32_t* words;  // planes of all experts, each at the word offset that the table gives
+  const device uint32_t* words;  // planes and scales of all experts, each at the word offset that the table gives
   const device int32_t* table;   // [E, TABLE_WIDTH]
-  const device half* scales;     // [E, N, K / G] of the resident level
 };
 
 // The same projection of one expert. A 2-bit plane has width 2, 1-bit planes are the second and the third.
 struct ExpertPlanes {
   const device uint32_t* words;
-  const device half* scales;
+  const device half* scales;  // [N, K / G] as they are written
+  float factor;               // on the scales, at the resident level
   int num_planes;
   float centre;  // (2^level - 1) / 2: what a code is counted from
   int offset0, offset1, offset2, offset3, offset4;
@@ -24,22 +26,26 @@ struct ExpertPlanes {
 
 template <int N, int K, int G>
 METAL_FUNC ExpertPlanes find_expert(PlaneBank bank, int expert) {
-  const device int32_t* entry = bank.table + expert * TABLE_WIDTH;
+  const device int4* entry = (const device int4*)(bank.table + expert * TABLE_WIDTH);
+  const int4 first = entry[0];
+  const int4 second = entry[1];
   ExpertPlanes planes;
-  const int level = entry[0];
+  const int level = first.x;
   planes.words = bank.words;
-  planes.scales = bank.scales + int64_t(expert) * (N * (K / G));
+  planes.scales = (const device half*)(bank.words + second[TABLE_SCALES - 4]);
+  planes.factor = as_type<float>(second[TABLE_FACTOR - 4]);
   planes.num_planes = level < 5 ? level - 1 : level / 2 + 1;  // 2, 3, 4, 6, 8 -> 1, 2, 3, 4, 5
   planes.centre = 0.5f * float((1 << level) - 1);
-  planes.offset0 = entry[1];
-  planes.offset1 = entry[2];
-  planes.offset2 = entry[3];
-  planes.offset3 = entry[4];
-  planes.offset4 = entry[5];
+  planes.offset0 = first.y;
+  planes.offset1 = first.z;
+  planes.offset2 = first.w;
+  planes.offset3 = second.x;
+  planes.offset4 = second.y;
   return planes;
 }
 
-// Adds to sums[r] the product of one unit of activations (`x`, their sum `total`) with rows first_row + r of an expert.
+// Adds to sums[r] the product of one unit of activations (`x`, their sum `total`) with rows first_row + r of an expert,
+// but for matrix_scale, which is the same in all of a matrix: the caller multiplies with it once.
 // Rows beyond the last are read as the last one, so that no lane leaves the loop; the caller drops them.
 //
 // The loop over planes stays a loop: its body holds each width once, so that all levels fit the instruction cache.
@@ -91,8 +97,8 @@ METAL_FUNC void add_unit(
   }
 }
 
-// Eight codes of row `row` from column 8 * eighth on, counted from the centre: exact in half and bfloat. Planes are read as 16 bits (2-bit planes) or
-// 8 bits (1-bit planes), which both hold eight codes.
+// Eight codes of row `row` from column 8 * eighth on, counted from the centre: exact in half and bfloat. Planes are read as
+// 16 bits (2-bit planes) or 8 bits (1-bit planes), which both hold eight codes.
 template <int K>
 METAL_FUNC void load_codes(ExpertPlanes expert, int row, int eighth, thread float* values) {
   const int index = row * (K / 8) + eighth;
@@ -125,9 +131,14 @@ METAL_FUNC void load_codes(ExpertPlanes expert, int row, int eighth, thread floa
   }
 }
 
+METAL_FUNC float matrix_scale(ExpertPlanes expert) {
+  return expert.factor;
+}
+
+// The whole factor on the codes of a group.
 template <int K, int G>
 METAL_FUNC float group_scale(ExpertPlanes expert, int row, int group) {
-  return float(expert.scales[row * (K / G) + group]);
+  return float(expert.scales[row * (K / G) + group]) * expert.factor;
 }
 
 // Codes are counted from their centre: nothing is added.

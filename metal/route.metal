@@ -8,8 +8,10 @@ using namespace metal;
 constant constexpr int SOFTMAX = 0;
 constant constexpr int SIGMOID = 1;
 constant constexpr int SOFTMAX_CHOSEN = 2;
+constant constexpr int SPARSEMIXER = 3;
 
-// logits [T, E], bias [E], parameters: epsilon and scaling. experts, weights [T, TOP_K]. `values` holds E floats.
+// logits [T, E], bias [E], parameters: epsilon (of SPARSEMIXER the jitter) and scaling. experts, weights [T, TOP_K].
+// `values` holds E floats.
 // Grid: one threadgroup of 32 threads per token.
 template <int E, int TOP_K, int SCORE, bool BIAS, int GROUPS, int TOP_GROUPS, bool TOP2, bool NORMALISE,
           typename Logits, typename Bias>
@@ -117,7 +119,19 @@ METAL_FUNC void route(
     // a row of NaN has no winner: expert 0 then, so that nothing is read out of bounds
     const int winner = simd_min(best == top ? best_expert : E);
     const int expert = winner < E ? winner : 0;
-    const float winner_score = simd_shuffle(best_score, ushort(expert % 32));
+    float winner_score = simd_shuffle(best_score, ushort(expert % 32));
+    if (SCORE == SPARSEMIXER) {
+      float near = 0.0f;
+#pragma clang loop unroll(full)
+      for (int i = 0; i < EACH; i++) {
+        const int e = int(lane) + 32 * i;
+        const bool left = e < E && ((taken >> i) & 1u) == 0u;
+        if (left && winner_score - score[i] <= 2.0f * parameters[0] * max(abs(score[i]), winner_score)) {
+          near += exp(score[i] - winner_score);
+        }
+      }
+      winner_score = 1.0f / simd_sum(near);
+    }
     if (int(lane) == expert % 32) {
       taken |= 1u << (expert / 32);
     }

@@ -58,6 +58,11 @@ METAL_FUNC void add_unit(
   }
 }
 
+template <int BITS, typename S>
+METAL_FUNC float matrix_scale(AffineBank<BITS, S>) {
+  return 1.0f;
+}
+
 // Eight codes of row `row` from column 8 * eighth on: BITS bytes.
 template <int K, int BITS, typename S>
 METAL_FUNC void load_codes(AffineBank<BITS, S> expert, int row, int eighth, thread float* values) {
@@ -116,6 +121,10 @@ METAL_FUNC void add_unit(
     const float dot = dot_mxfp4(((const device uint4*)expert.words)[index], x);
     sums[r] = fma(mxfp4_scale(expert.scales[index]) * float(1 << 14), dot, sums[r]);
   }
+}
+
+METAL_FUNC float matrix_scale(Mxfp4Bank) {
+  return 1.0f;
 }
 
 // Eight values of row `row` from column 8 * eighth on, without their scale: exact in half and bfloat.

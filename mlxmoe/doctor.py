@@ -105,12 +105,12 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         return [*lines, "Metal: not available to this process, so the kernels cannot be checked here"]
     metal = result["metal"]
     lines.append(f"Metal: {metal['gpu']} ({metal['architecture']}), {metal['system']}; kernels {metal['kernels'][:12]}")
-    lines.append(f"{'kernel':<16} {'type':<9} {'variant':<24} {'error':>8}  status")
+    lines.append(f"{'kernel':<16} {'type':<9} {'variant':<28} {'error':>8}  status")
     for check in result["checks"]:
         error = "-" if check["error"] is None else f"{check['error']:.1e}"
         variant = check["variant"].split(" D=")[0]
         status = check["status"] + (f": {check['reason']}" if check["reason"] else "")
-        lines.append(f"{check['kernel']:<16} {check['dtype']:<9} {variant:<24} {error:>8}  {status}")
+        lines.append(f"{check['kernel']:<16} {check['dtype']:<9} {variant:<28} {error:>8}  {status}")
     lines.append(f"recorded in {result['record']}")
     wrong = sum(check["status"] != OK for check in result["checks"])
     if wrong:
@@ -124,7 +124,7 @@ def report_lines(result: dict[str, Any]) -> list[str]:
 def _run_demo() -> dict[str, Any]:
     """Whether the model in the package loads and continues a text with finite probabilities."""
     try:
-        model, tokenizer, _ = open_model(None, RuntimeConfig(context=256))
+        model, tokenizer, *_ = open_model(None, RuntimeConfig(context=256))
         responses = list(stream_generate(model, tokenizer, _PROMPT, max_tokens=_TOKENS))
     except (UserError, RuntimeError, ValueError, OSError) as error:
         return {"status": FAILED, "reason": str(error).splitlines()[0], "text": "", "tokens": []}

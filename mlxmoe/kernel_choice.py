@@ -29,12 +29,15 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlxmoe.arguments import note
 from mlxmoe.experts import Bucket, ExpertLayer, KernelExperts, PlaneLinear
 from mlxmoe.files import write_atomically
-from mlxmoe.formats import LEVELS, MatrixShape, words_per_row
+from mlxmoe.formats import LEVELS, MatrixShape, array_bytes, words_per_row
 from mlxmoe.kernels import (
+    PHASES,
+    PREFILL,
     Activation,
     Bank,
     ExpertBanks,
@@ -42,6 +45,7 @@ from mlxmoe.kernels import (
     PlaneBank,
     QuantizedBank,
     ReferenceKernels,
+    Rotation,
     sort_by_expert,
 )
 from mlxmoe.plan import LayerPlan
@@ -61,7 +65,8 @@ KERNELS, BUILTINS = "kernels", "builtins"  # what is timed
 
 _RECORD_FORMAT = 1
 _WARM_UP, _REPEATS = 2, 11
-_ROUTINGS = 8  # tokens per timed call: the launch of one alone would be most of its time
+_ROUTINGS = 8  # tokens per timed call at decode: the launch of one alone would be most of its time
+_CHUNK = 256  # tokens of a prefill chunk
 _REFERENCE = ReferenceKernels()
 _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "swiglu": nn.silu,
@@ -86,7 +91,8 @@ class DeviceFacts(NamedTuple):
 class LayerShape:
     """The routed experts of one layer: D, F, E, A, group sizes along D and F, and the levels that its experts have.
 
-    `codec`: planes, affine or mxfp4 (these two with the one level 4). `dtype`: of the activations.
+    `codec`: planes, affine or mxfp4; the levels of these two are the bits of the first projections and of the last, once
+    where they agree. `dtype`: of the activations. `rotation`: block of the hidden values' rotation, 0 without.
     """
 
     width: int
@@ -100,6 +106,7 @@ class LayerShape:
     activation: Activation = _SWIGLU
     bias: bool = False
     codec: str = "planes"
+    rotation: int = 0
 
     @classmethod
     def of_plan(
@@ -109,18 +116,29 @@ class LayerShape:
         first, last = layer.projections[0], layer.projections[-1]
         levels = tuple(sorted({level for expert in layer.experts for level in expert.levels}))
         sizes = first.columns, first.rows, len(layer.experts), active, first.group_size, last.group_size
-        return cls(*sizes, levels, str(dtype).rsplit(".", 1)[-1], activation, bias)
+        return cls(*sizes, levels, _name(dtype), activation, bias)
+
+    @classmethod
+    def of_stock(cls, banks: ExpertBanks, active: int, dtype: mx.Dtype) -> LayerShape:
+        """A layer of a stock checkpoint, from experts.stock_banks."""
+        first, last = banks.gate, banks.down
+        assert isinstance(first, QuantizedBank)
+        assert isinstance(last, QuantizedBank)
+        levels = tuple(dict.fromkeys((first.bits, last.bits)))
+        sizes = first.shape.columns, first.shape.rows, first.num_experts, active
+        groups = first.shape.group_size, last.shape.group_size
+        return cls(*sizes, *groups, levels, _name(dtype), banks.activation, first.bias is not None, first.mode)
 
     @property
     def name(self) -> str:
         """One line, the key of what was measured for it."""
         kind, alpha, limit = self.activation.kind, self.activation.alpha, self.activation.limit
         activation = f"{kind}({alpha:g},{limit:g})" if kind == "swiglu_oai" else kind
-        levels = "/".join(map(str, self.levels))
-        return (
-            f"{self.codec} {levels} bit D={self.width} F={self.hidden} E={self.experts} A={self.active} "
-            f"G={self.group_size},{self.hidden_group_size} {activation}{' bias' if self.bias else ''}"
-        )
+        format_name = f"{'rotated ' if self.rotation else ''}{self.codec} {'/'.join(map(str, self.levels))} bit"
+        sizes = f"D={self.width} F={self.hidden} E={self.experts} A={self.active}"
+        groups = f"G={self.group_size},{self.hidden_group_size}"
+        rotation = f" R={self.rotation}" if self.rotation else ""
+        return f"{format_name} {sizes} {groups} {activation}{' bias' if self.bias else ''}{rotation}"
 
 
 @dataclass(frozen=True)
@@ -152,10 +170,12 @@ class Timing(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The kernels to use, or None for MLX's built-ins, and one line that says why."""
+    """The kernels to use, or None for MLX's built-ins, and one line that says why. `phases`: what the kernels
+    compute, if any; only of a stock format can MLX's built-ins compute the rest, since both read the same arrays."""
 
     kernels: Kernels | None
     reason: str
+    phases: tuple[str, ...] = PHASES
 
 
 class Case(NamedTuple):
@@ -170,6 +190,10 @@ class Case(NamedTuple):
     @property
     def key(self) -> str:
         return check_key(self.kernel, self.dtype, self.variant)
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rsplit(".", 1)[-1]
 
 
 def check_key(kernel: str, dtype: str, variant: str) -> str:
@@ -321,10 +345,11 @@ def _first_line(error: Exception) -> str:
     return next((line for line in lines if "error:" in line), lines[0])[:300]
 
 
-def small_layer(dtype: str, codec: str = "planes") -> LayerShape:
-    """What every GPU is checked with: all levels in one bank, biases, a wide and a narrow projection."""
+def small_layer(dtype: str, codec: str = "planes", bits: tuple[int, ...] = (4,)) -> LayerShape:
+    """What every GPU is checked with: all levels in one bank (a stock format: `bits`), biases, a wide and a narrow
+    projection."""
     group_size = 32 if codec == "mxfp4" else 64
-    levels = LEVELS if codec == "planes" else (4,)
+    levels = LEVELS if codec == "planes" else bits
     return LayerShape(1024, 192, 7, 4, group_size, group_size, levels, dtype, bias=True, codec=codec)
 
 
@@ -333,6 +358,8 @@ def all_cases() -> Iterator[Case]:
     for dtype in ("float16", "bfloat16"):
         for codec in ("planes", "affine", "mxfp4"):
             yield from expert_cases(small_layer(dtype, codec))
+        rotated = dataclasses.replace(small_layer(dtype), rotation=64)
+        yield from (case for case in expert_cases(rotated) if case.kernel == "expert_gate_up")
         yield from (_hadamard_case(dtype, block) for block in (128, 1024))
         yield from route_cases(dtype)
 
@@ -357,7 +384,8 @@ def expert_cases(layer: LayerShape) -> list[Case]:
     weights = mx.softmax(_normal((2, layer.active), 7, layer).astype(mx.float32), axis=-1)
 
     def gate_up(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        return (kernels.expert_gate_up(x[:2].astype(dtype), experts, banks.gate, banks.up, layer.activation),)
+        rows = x[:2].astype(dtype)
+        return (kernels.expert_gate_up(rows, experts, banks.gate, banks.up, layer.activation, banks.rotation),)
 
     def down(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         return (kernels.expert_down(hidden.astype(dtype), experts, weights, banks.down),)
@@ -370,7 +398,7 @@ def expert_cases(layer: LayerShape) -> list[Case]:
 
 
 def _hadamard_case(dtype: str, block: int) -> Case:
-    x, signs = mx.random.normal((2, 1024), key=mx.random.key(8)).astype(DTYPES[dtype]), mx.array([1.0, -1, -1, 1] * 256)
+    x, signs = mx.random.normal((2, 1024), key=mx.random.key(8)).astype(DTYPES[dtype]), _signs(1024)
 
     def launch(kernels: Kernels, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         return (kernels.hadamard_blocks(x.astype(dtype), signs, block),)
@@ -398,6 +426,10 @@ def _normal(shape: tuple[int, ...], seed: int, layer: LayerShape) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed)).astype(DTYPES[layer.dtype])
 
 
+def _signs(columns: int) -> mx.array:
+    return mx.array([1.0, -1.0, -1.0, 1.0] * (columns // 4))
+
+
 def _levels(layer: LayerShape) -> list[int]:
     """The levels of the experts that stand for a layer: all of its levels, and enough experts that calls differ."""
     number = max(min(layer.experts, 2 * layer.active), len(layer.levels))
@@ -408,20 +440,31 @@ def _random_banks(layer: LayerShape) -> ExpertBanks:
     """Any bits are codes: nothing has to be quantized."""
     inner = MatrixShape("gate", layer.hidden, layer.width, layer.group_size)
     outer = MatrixShape("down", layer.width, layer.hidden, layer.hidden_group_size)
-    up = _random_bank(layer, inner, 2) if layer.activation.kind != "relu2" else None
-    return ExpertBanks(_random_bank(layer, inner, 1), up, _random_bank(layer, outer, 3), layer.activation)
+    bits = layer.levels[0], layer.levels[-1]
+    up = _random_bank(layer, inner, 2, bits[0]) if layer.activation.kind != "relu2" else None
+    rotation = Rotation(_signs(layer.hidden), layer.rotation) if layer.rotation else None
+    first, last = _random_bank(layer, inner, 1, bits[0]), _random_bank(layer, outer, 3, bits[1])
+    return ExpertBanks(first, up, last, layer.activation, rotation)
 
 
-def _random_bank(layer: LayerShape, shape: MatrixShape, seed: int) -> Bank:
+def _random_bank(layer: LayerShape, shape: MatrixShape, seed: int, bits: int) -> Bank:
+    """`bits`: of a stock format; experts in planes have the layer's levels."""
     levels, dtype = _levels(layer), DTYPES[layer.dtype]
     bias = _normal((len(levels), shape.rows), seed + 20, layer) if layer.bias else None
     if layer.codec == "planes":
         empty = PlaneBank.empty(shape, levels, bias)
-        words = _bits(empty.words.shape, seed)
-        return dataclasses.replace(empty, words=words, scales=_scales(shape, levels, seed).astype(mx.float16))
-    weights = mx.random.normal((len(levels), shape.rows, shape.columns), key=mx.random.key(seed)) / shape.columns**0.5
-    words, scales, *biases = mx.quantize(weights.astype(dtype), shape.group_size, 4, mode=layer.codec)
-    return QuantizedBank(shape, words, scales, biases[0] if biases else None, 4, layer.codec, bias)
+        bank = dataclasses.replace(empty, words=_bits(empty.words.shape, seed))
+        for expert, scales in enumerate(_scales(shape, levels, seed).astype(mx.float16)):
+            bank.write_scales(expert, array_bytes(scales), 1.0)
+        return bank
+    words = _bits((len(levels), shape.rows, words_per_row(shape.columns, bits)), seed)
+    if layer.codec == "mxfp4":
+        groups = (len(levels), shape.rows, shape.columns // shape.group_size)
+        exponent = 126 - round(math.log2(shape.columns) / 2)
+        scales = mx.random.randint(exponent - 1, exponent + 2, groups, key=mx.random.key(seed + 10)).astype(mx.uint8)
+        return QuantizedBank(shape, words, scales, None, bits, layer.codec, bias)
+    scales = _scales(shape, [bits] * len(levels), seed).astype(dtype)
+    return QuantizedBank(shape, words, scales, -scales * (2**bits - 1) / 2, bits, layer.codec, bias)
 
 
 def _bits(shape: tuple[int, ...], seed: int) -> mx.array:
@@ -462,44 +505,68 @@ def tune(candidates: Mapping[str, Callable[[], object]], clock: Clock = time.per
     return Timing({name: statistics.median(samples[name]) for name in running}, failures)
 
 
-def layer_candidates(layer: LayerShape, kernels: Kernels) -> dict[str, Callable[[], object]]:
-    """A layer in planes as the model would run it, both ways: single tokens, each with experts of its own."""
-    assert layer.codec == "planes"
-    banks = _random_banks(layer)
-    x = _normal((_ROUTINGS, 1, layer.width), 5, layer)
-    experts = _routings(layer, banks.gate.num_experts, _ROUTINGS)[:, None]
+def layer_candidates(layer: LayerShape, kernels: Kernels, phase: str) -> dict[str, Callable[[], object]]:
+    """A layer as the model would run it, both ways, for phase_tokens tokens. At decode they come one by one."""
+    banks, tokens = _random_banks(layer), phase_tokens(layer, phase)
+    experts = _routings(layer, banks.gate.num_experts, tokens)
+    calls = 1 if phase == PREFILL else tokens
+    x = _normal((calls, tokens // calls, layer.width), 5, layer)
+    experts = experts.reshape(*x.shape[:2], layer.active)
 
     def candidate(module: KernelExperts | ExpertLayer) -> Callable[[], object]:
-        return lambda: mx.eval([module(x[i], experts[i]) for i in range(_ROUTINGS)])
+        return lambda: mx.eval([module(x[i], experts[i]) for i in range(calls)])
 
     return {KERNELS: candidate(KernelExperts(banks, kernels)), BUILTINS: candidate(_builtin_layer(layer, banks))}
 
 
+def phase_tokens(layer: LayerShape, phase: str) -> int:
+    """Tokens of one timed call. At prefill as many as give an expert the rows that it has in a chunk of _CHUNK tokens: the
+    banks that stand for a layer hold fewer experts than it has."""
+    num_experts = len(_levels(layer))
+    least = num_experts // layer.active + 1  # with fewer a chunk would run on the kernels of decode
+    return max(_CHUNK * num_experts // layer.experts, least) if phase == PREFILL else _ROUTINGS
+
+
 def _builtin_layer(layer: LayerShape, banks: ExpertBanks) -> ExpertLayer:
-    """The same shapes with merged codes, a bucket per level. Values are of no account: the time does not depend on them."""
-    levels, dtype = _levels(layer), DTYPES[layer.dtype]
-    projections = {}
+    """The same shapes for MLX's products: a stock format as it is; planes with merged codes, a bucket per level."""
+    levels, projections = _levels(layer), {}
     for name, bank in zip(("gate", "up", "down"), banks[:3], strict=True):
-        if bank is None:
-            continue
-        shape = bank.shape
-        linear = PlaneLinear(shape, len(levels), layer.bias)
-        if bank.bias is not None:
-            linear.bias = bank.bias
-        buckets = []
-        for level in sorted(set(levels)):
-            mine = [expert for expert, of_expert in enumerate(levels) if of_expert == level]
-            size = (len(mine), shape.rows, words_per_row(shape.columns, level))
-            scales = _scales(shape, [level] * len(mine), level)
-            words = _bits(size, level)
-            biases = -scales * (2**level - 1) / 2
-            buckets.append((mine, Bucket(level, words, scales.astype(dtype), biases.astype(dtype))))
-        linear.fill(buckets)
-        mx.eval([bucket for _, bucket in buckets])
-        projections[name] = linear
+        if isinstance(bank, QuantizedBank):
+            projections[name] = _stock_linear(bank)
+        elif bank is not None:
+            projections[name] = _merged_linear(bank, levels, DTYPES[layer.dtype])
     activation = _ACTIVATIONS[layer.activation.kind]
     glu: Callable[..., mx.array] = lambda up, gate: activation(gate) * up  # noqa: E731
     return ExpertLayer(projections, glu if banks.up is not None else activation, len(levels))
+
+
+def _stock_linear(bank: QuantizedBank) -> nn.Module:
+    """mlx-lm's module around the arrays of a bank."""
+    group_size = bank.shape.group_size
+    linear = QuantizedSwitchLinear(group_size, 1, 1, bias=False, group_size=group_size, bits=bank.bits, mode=bank.mode)
+    linear.weight, linear.scales, linear.biases = bank.words, bank.scales, bank.biases
+    if bank.bias is not None:
+        linear.bias = bank.bias
+    return linear
+
+
+def _merged_linear(bank: PlaneBank, levels: Sequence[int], dtype: mx.Dtype) -> PlaneLinear:
+    """Values are of no account: the time does not depend on them."""
+    shape = bank.shape
+    linear = PlaneLinear(shape, len(levels), bank.bias is not None)
+    if bank.bias is not None:
+        linear.bias = bank.bias
+    buckets = []
+    for level in sorted(set(levels)):
+        mine = [expert for expert, of_expert in enumerate(levels) if of_expert == level]
+        size = (len(mine), shape.rows, words_per_row(shape.columns, level))
+        scales = _scales(shape, [level] * len(mine), level)
+        words = _bits(size, level)
+        biases = -scales * (2**level - 1) / 2
+        buckets.append((mine, Bucket(level, words, scales.astype(dtype), biases.astype(dtype))))
+    linear.fill(buckets)
+    mx.eval([bucket for _, bucket in buckets])
+    return linear
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -515,10 +582,12 @@ def select(
     clock: Clock = time.perf_counter,
     say: Callable[[str], None] = note,
 ) -> Choice:
-    """The kernels for a model whose experts lie in planes of this shape, or MLX's built-ins.
+    """The kernels for a model whose experts have this shape, or MLX's built-ins.
 
-    `facts`: of metal_facts. Takes some seconds where the record at `path` (None: record_path) knows nothing of this GPU
-    or this shape, and writes it. A kernel that is wrong or does not run is told to the user through `say`.
+    Experts in planes lie in memory for one of the two: what takes less for a token read and a token written together.
+    Of a stock format each phase goes to the faster. `facts`: of metal_facts. Takes some seconds where the record at `path`
+    (None: record_path) knows nothing of this GPU or this shape, and writes it. A kernel that is wrong or does not run is
+    told to the user through `say`.
     """
     if facts is None:
         return Choice(None, "MLX's built-in products: there is no Metal GPU")
@@ -526,7 +595,7 @@ def select(
     record = Record.load(path, facts)
     if record.unfinished:
         return _refused("a check of them did not come to its end on this GPU", say)
-    kernels, layers = make(), (small_layer(layer.dtype), layer)
+    kernels, layers = make(), (small_layer(layer.dtype, layer.codec, layer.levels), layer)
     needed = [check_key(kernel, layer.dtype, each.name) for each in layers for kernel in EXPERT_KERNELS]
     needed += [check_key(case.kernel, case.dtype, case.variant) for case in route_cases(layer.dtype)]
     if any(key not in record.checks for key in needed):
@@ -537,17 +606,62 @@ def select(
         found = record.checks[key]
         if found.status != OK:
             return _refused(f"{found.kernel} in {found.dtype} {found.status} on this GPU ({found.reason})", say)
-    key = f"{layer.dtype} {layer.name}"
-    if key not in record.timings:
+    timings = _timings(record, layer, kernels, path, clock)
+    for phase, timing in timings.items():
+        if KERNELS in timing.failures:
+            return _refused(f"they failed at {phase} on this GPU ({timing.failures[KERNELS]})", say)
+    return _fastest(layer, kernels, timings)
+
+
+def select_all(
+    layers: Iterable[LayerShape],
+    facts: DeviceFacts | None,
+    make: Callable[[], Kernels] = MetalKernels,
+    path: Path | None = None,
+    clock: Clock = time.perf_counter,
+    say: Callable[[str], None] = note,
+) -> Choice:
+    """As select, for a model whose layers differ: the phases that are the kernels' in all of them."""
+    choices = [select(layer, facts, make, path, clock, say) for layer in dict.fromkeys(layers)]
+    phases = tuple(phase for phase in PHASES if all(c.kernels is not None and phase in c.phases for c in choices))
+    fewest = min(choices, key=lambda choice: len(choice.phases) if choice.kernels is not None else 0)
+    return Choice(fewest.kernels if phases else None, fewest.reason, phases)
+
+
+def timing_key(layer: LayerShape, phase: str) -> str:
+    """What a timing goes by in the record."""
+    return f"{phase} {layer.dtype} {layer.name}"
+
+
+def _timings(record: Record, layer: LayerShape, kernels: Kernels, path: Path, clock: Clock) -> dict[str, Timing]:
+    """Both phases of a layer, from the record; what it lacks is timed and written to it."""
+    missing = [phase for phase in PHASES if timing_key(layer, phase) not in record.timings]
+    if missing:
         with _guarded(record, path):
-            record.timings[key] = tune(layer_candidates(layer, kernels), clock)
+            for phase in missing:
+                record.timings[timing_key(layer, phase)] = tune(layer_candidates(layer, kernels, phase), clock)
         mx.clear_cache()
-    timing = record.timings[key]
-    if KERNELS in timing.failures:
-        return _refused(f"they failed on this GPU ({timing.failures[KERNELS]})", say)
-    times = ", ".join(f"{name} {1e6 * seconds / _ROUTINGS:.0f} us" for name, seconds in timing.seconds.items())
-    chosen = kernels if timing.fastest == KERNELS else None
-    return Choice(chosen, f"{'Metal kernels' if chosen else 'MLX built-in products'}: faster here ({times} a layer)")
+    return {phase: record.timings[timing_key(layer, phase)] for phase in PHASES}
+
+
+def _fastest(layer: LayerShape, kernels: Kernels, timings: Mapping[str, Timing]) -> Choice:
+    """Of kernels and built-ins, all of whose timings are of one layer."""
+    seconds = {
+        phase: {name: taken / phase_tokens(layer, phase) for name, taken in timing.seconds.items()}
+        for phase, timing in timings.items()
+    }
+    told = "; ".join(
+        f"{phase}: " + ", ".join(f"{name} {1e6 * taken:.3g} us" for name, taken in per_token.items())
+        for phase, per_token in seconds.items()
+    )
+    if layer.codec == "planes":
+        sums = [sum(per_token.get(name, math.inf) for per_token in seconds.values()) for name in (KERNELS, BUILTINS)]
+        phases: tuple[str, ...] = PHASES if sums[0] <= sums[1] else ()
+    else:
+        phases = tuple(phase for phase, timing in timings.items() if timing.fastest == KERNELS)
+    where = "" if phases == PHASES else f" at {' and '.join(phases)}"
+    name = f"Metal kernels{where}" if phases else "MLX built-in products"
+    return Choice(kernels if phases else None, f"{name}: faster here ({told}; a layer and token)", phases)
 
 
 def run_checks(record: Record, kernels: Kernels, cases: Iterable[Case], path: Path) -> list[Check]:

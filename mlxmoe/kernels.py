@@ -45,11 +45,16 @@ from mlxmoe.router import route as route_reference
 
 # The same names and values in metal/
 UNIT = 32  # columns that one lane takes at a time
-TABLE_WIDTH = 8  # level, word offset of each plane, spare words
+TABLE_WIDTH = 8  # level, word offset of each of up to 5 planes, and:
+TABLE_SCALES = 6  # word offset of the scales
+TABLE_FACTOR = 7  # float32 factor on them
 ACTIVATIONS = ("swiglu", "swiglu_oai", "geglu", "relu2")
 HADAMARD_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
+EPILOGUE_BLOCKS = (64, 128)  # of these, those that expert_gate_up transforms itself
 
-_ALIGNMENT = 4  # words: planes start on 16 bytes
+PHASES = DECODE, PREFILL = "decode", "prefill"
+
+_ALIGNMENT = 4  # words: planes and scales start on 16 bytes
 _ROWS = 8  # products that share one read of the activations
 _MAX_SIMDGROUPS = 8
 _TILE_OUTPUTS = 32  # BN in metal/expert_prefill.metal
@@ -67,16 +72,15 @@ MetalKernelFactory = Callable[..., MetalKernel]
 class PlaneBank:
     """One projection of all experts of a layer, each at its own level, as tight as the planes themselves.
 
-    words uint32 [W]: the resident planes, expert after expert, most significant first, each starting on 16 bytes (no
-    byte is lost for that where K is a multiple of 64 and N of 2). table int32 [E, TABLE_WIDTH]: level, then the word
-    offset of each plane. scales float16 [E, N, K/G]: of the resident level, with its gain and the factor 2^(written -
-    level) in it. bias [E, N] or None.
+    words uint32 [W]: the resident planes and the scales of every expert, anywhere; other projections may lie between them.
+    A plane is the packed words of its rows and needs 8 bytes of alignment (1-bit planes: 4), scales are float16 [N, K/G]
+    as they are written and need 4. table int32 [E, TABLE_WIDTH]: level, word offset of each plane, word offset of the
+    scales, and the bits of the float32 factor on them: 2^(written - level) * gain. bias [E, N] or None.
     """
 
     shape: MatrixShape
     words: mx.array
     table: mx.array
-    scales: mx.array
     bias: mx.array | None = None
 
     @property
@@ -85,23 +89,27 @@ class PlaneBank:
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes of the expert matrices, without the bias (an ordinary parameter of the model)."""
-        return self.words.nbytes + self.table.nbytes + self.scales.nbytes
+        """Resident bytes of the expert matrices, without the bias (an ordinary parameter of the model), whatever else
+        lies in `words`."""
+        codes = sum(self.shape.code_nbytes(level) for level in self._rows[:, 0].tolist())
+        return codes + self.num_experts * self.shape.scales_nbytes + self.table.nbytes
 
     @classmethod
     def empty(cls, shape: MatrixShape, levels: Sequence[int], bias: mx.array | None = None) -> PlaneBank:
-        """A bank for experts of these levels, all zero: fill it with write_plane and write_scales before its first use."""
+        """A bank of its own for experts of these levels, all zero: fill it with write_plane and write_scales before its
+        first use. Expert after expert, planes and then scales, each starting on 16 bytes (no byte is lost for that where
+        K is a multiple of 64 and N of 8)."""
         table = np.zeros((len(levels), TABLE_WIDTH), np.int32)
         end = 0
         for expert, level in enumerate(levels):
             table[expert, 0] = level
-            for plane in range(num_planes(level)):
-                table[expert, 1 + plane] = end
-                end += -(-shape.plane_nbytes(plane) // 4 // _ALIGNMENT) * _ALIGNMENT
+            parts = [(1 + plane, shape.plane_nbytes(plane)) for plane in range(num_planes(level))]
+            for entry, nbytes in [*parts, (TABLE_SCALES, shape.scales_nbytes)]:
+                table[expert, entry] = end
+                end += -(-nbytes // 4 // _ALIGNMENT) * _ALIGNMENT
         words = mx.zeros((end,), mx.uint32)
-        scales = mx.zeros((len(levels), shape.rows, shape.columns // shape.group_size), mx.float16)
-        mx.eval(words, scales)
-        return cls(shape, words, mx.array(table), scales, bias)
+        mx.eval(words)
+        return cls(shape, words, mx.array(table), bias)
 
     @classmethod
     def from_matrices(
@@ -113,33 +121,56 @@ class PlaneBank:
             for plane in range(num_planes(level)):
                 bank.write_plane(expert, plane, array_bytes(matrix.planes[plane]))
             factor = level_scale(matrix.level, level, matrix.gains.get(level, 1.0))
-            bank.write_scales(expert, np.array(matrix.scales), factor)
+            bank.write_scales(expert, array_bytes(matrix.scales), factor)
         return bank
 
     def write_plane(self, expert: int, plane: int, data: Any) -> None:
         """Copies one packed plane (any buffer of plane_nbytes bytes) into place. No kernel may be reading the bank."""
-        nbytes = self.shape.plane_nbytes(plane)
-        start = 4 * int(np.array(self.table[expert, 1 + plane]))
-        array_bytes(self.words)[start : start + nbytes] = memoryview(data).cast("B")
+        self._write(self._rows[expert, 1 + plane], self.shape.plane_nbytes(plane), data)
 
-    def write_scales(self, expert: int, scales: np.ndarray, factor: float) -> None:
-        """Sets the scales of one expert: the stored ones [N, K/G] times the factor of the resident level, in float16."""
-        bank = np.frombuffer(array_bytes(self.scales), np.float16).reshape(self.scales.shape)
-        np.multiply(
-            scales.reshape(bank.shape[1:]), np.float32(factor), out=bank[expert], dtype=np.float32, casting="unsafe"
-        )
+    def write_scales(self, expert: int, scales: Any, factor: float) -> None:
+        """Copies the scales of one expert (any buffer of scales_nbytes bytes, float16 [N, K/G] as they are written) into
+        place and sets the factor of its level. No kernel may be reading the bank."""
+        self._write(self._rows[expert, TABLE_SCALES], self.shape.scales_nbytes, scales)
+        self._rows.view(np.float32)[expert, TABLE_FACTOR] = factor
+
+    def exchange(self, promoted: int, demoted: int, planes: Sequence[Any], factors: tuple[float, float]) -> None:
+        """`promoted` takes the level of `demoted` and the places of its last planes, which it fills with its own
+        `planes` (as write_plane takes them), and `demoted` keeps its first ones. `factors`: on the scales of the two at
+        their new levels. No kernel may be reading the bank."""
+        table = np.frombuffer(array_bytes(self.table), np.int32).reshape(self.table.shape)
+        low, high = (num_planes(int(table[e, 0])) for e in (promoted, demoted))
+        assert high - low == len(planes) > 0
+        moved = slice(1 + low, 1 + high)
+        table[promoted, moved], table[demoted, moved] = table[demoted, moved].copy(), 0
+        table[[promoted, demoted], 0] = table[[demoted, promoted], 0]
+        table.view(np.float32)[[promoted, demoted], TABLE_FACTOR] = factors
+        for plane, data in enumerate(planes, start=low):
+            self.write_plane(promoted, plane, data)
 
     def dequantize(self, expert: int) -> mx.array:
-        """float32 [N, K]: what the words and scales of one expert stand for. Reads the table on the host."""
+        """float32 [N, K]: what the words of one expert stand for. Reads the table on the host."""
         rows, columns = self.shape.rows, self.shape.columns
-        level, *offsets = np.array(self.table[expert]).tolist()
+        entry = self._rows[expert]
         codes = []
-        for plane in range(num_planes(level)):
-            width = PLANE_WIDTHS[plane]
-            row_words = words_per_row(columns, width)
-            words = self.words[offsets[plane] : offsets[plane] + rows * row_words].reshape(rows, row_words)
+        for plane, width in enumerate(PLANE_WIDTHS[: num_planes(int(entry[0]))]):
+            start, row_words = int(entry[1 + plane]), words_per_row(columns, width)
+            words = self.words[start : start + rows * row_words].reshape(rows, row_words)
             codes.append(unpack_codes(words, width, columns))
-        return dequantize_codes(join_planes(codes), self.scales[expert], level)
+        start, num_groups = int(entry[TABLE_SCALES]), self.shape.num_groups
+        scales = self.words[start : start + -(-num_groups // 2)].view(mx.float16)[:num_groups].reshape(rows, -1)
+        factor = float(entry.view(np.float32)[TABLE_FACTOR])
+        return dequantize_codes(join_planes(codes), scales.astype(mx.float32) * factor, int(entry[0]))
+
+    @property
+    def _rows(self) -> np.ndarray:
+        """The table's own memory: int32 [E, TABLE_WIDTH]."""
+        return np.frombuffer(array_bytes(self.table), np.int32).reshape(self.table.shape)
+
+    def _write(self, word: Any, nbytes: int, data: Any) -> None:
+        """Copies bytes into `words` from a word offset of the table on."""
+        start = 4 * int(word)
+        array_bytes(self.words)[start : start + nbytes] = memoryview(data).cast("B")
 
 
 @dataclass(frozen=True)
@@ -173,6 +204,12 @@ class QuantizedBank:
         return self.words.shape[0]
 
     @property
+    def format(self) -> tuple[str, int, int, mx.Dtype, bool]:
+        """What the gate and the up projection of a layer must agree in: mode, bits, group size, type of the scales, and
+        whether there is a bias."""
+        return self.mode, self.bits, self.shape.group_size, self.scales.dtype, self.bias is not None
+
+    @property
     def nbytes(self) -> int:
         """Resident bytes of the expert matrices, without the bias."""
         return self.words.nbytes + self.scales.nbytes + (self.biases.nbytes if self.biases is not None else 0)
@@ -199,7 +236,7 @@ class _Format(NamedTuple):
 
 
 _FORMATS = {
-    "planes": _Format("PlaneBank", ("words", "table", "scales")),
+    "planes": _Format("PlaneBank", ("words", "table")),
     "affine": _Format("AffineBank<BITS, S>", ("words", "scales", "biases")),
     "mxfp4": _Format("Mxfp4Bank", ("words", "scales")),
 }
@@ -229,6 +266,13 @@ class Activation(NamedTuple):
     limit: float = 0.0
 
 
+class Rotation(NamedTuple):
+    """A signed block-Hadamard transform of the hidden values: signs [F] of one layer, and values per block."""
+
+    signs: mx.array
+    block: int
+
+
 def activation_of(module: Any) -> Activation | None:
     """The activation that a module of mlx-lm stands for, or None where the kernels have no such activation."""
     if isinstance(module, SwigluOAI):
@@ -247,15 +291,29 @@ class ReferenceKernels:
     """Every kernel in plain MLX built-ins and float32; results in the activations' type. Reads the routing on the host."""
 
     def expert_gate_up(
-        self, x: mx.array, experts: mx.array, gate: Bank, up: Bank | None, activation: Activation
+        self,
+        x: mx.array,
+        experts: mx.array,
+        gate: Bank,
+        up: Bank | None,
+        activation: Activation,
+        rotation: Rotation | None = None,
     ) -> mx.array:
-        """x [T, D], experts [T, A] -> activated hidden values [T, A, F]. `up` is None for relu2."""
+        """x [T, D], experts [T, A] -> activated hidden values [T, A, F], rotated. `up` is None for relu2.
+
+        Raises ValueError for blocks of a rotation that are none of HADAMARD_BLOCKS or do not divide F."""
         gates = _products(x, experts, gate)
         ups = _products(x, experts, up) if up is not None else gates
-        return _activate(gates, ups, activation).astype(x.dtype)
+        hidden = _activate(gates, ups, activation)
+        if rotation is not None:
+            hidden = self.hadamard_blocks(hidden, *rotation)
+        return hidden.astype(x.dtype)
 
     def expert_down(self, hidden: mx.array, experts: mx.array, weights: mx.array, down: Bank) -> mx.array:
-        """hidden [T, A, F], experts [T, A], router weights [T, A] -> their weighted sum [T, D]."""
+        """hidden [T, A, F], experts [T, A], router weights [T, A] -> their weighted sum [T, D].
+
+        An expert may lie in the bank several times: R rows of the bank are R of the A, with weight w/R each. Rows may
+        repeat, and a weight may be 0."""
         products = _products(hidden, experts, down)
         return (products * weights.astype(mx.float32)[..., None]).sum(axis=1).astype(hidden.dtype)
 
@@ -272,7 +330,10 @@ class ReferenceKernels:
         return mx.concatenate(parts).astype(x.dtype)
 
     def hadamard_blocks(self, x: mx.array, signs: mx.array, block: int) -> mx.array:
-        """x [..., K] -> each block of `block` columns times signs [K], then the orthonormal Hadamard transform."""
+        """x [..., K] -> each block of `block` columns times signs [K], then the orthonormal Hadamard transform.
+
+        Raises ValueError for a block that is none of HADAMARD_BLOCKS or does not divide K."""
+        _check_blocks(block, x.shape[-1])
         signed = x.astype(mx.float32) * signs.astype(mx.float32)
         blocks = signed.reshape(*x.shape[:-1], -1, block)
         return mx.hadamard_transform(blocks, scale=block**-0.5).reshape(x.shape).astype(x.dtype)
@@ -280,6 +341,11 @@ class ReferenceKernels:
     def route(self, logits: mx.array, bias: mx.array | None, router: Router) -> Routing:
         """See router.route."""
         return route_reference(logits, bias, router)
+
+
+def _check_blocks(block: int, columns: int) -> None:
+    if block not in HADAMARD_BLOCKS or columns % block != 0:
+        raise ValueError(f"no Hadamard transform in blocks of {block} over {columns} columns")
 
 
 def _activate(gates: mx.array, ups: mx.array, activation: Activation) -> mx.array:
@@ -347,17 +413,19 @@ def _bank_value(prefix: str, name: str) -> str:
 
 
 @cache
-def _gate_up(name: str) -> _Kernel:
+def _gate_up(name: str, rotated: bool) -> _Kernel:
     gate, up = _bank_inputs("gate_", name), _bank_inputs("up_", name)
-    return _Kernel(
-        f"expert_gate_up_{name}",
-        "expert_decode.metal",
-        ("x", "experts", *gate, *up, "gate_bias", "up_bias", "parameters"),
-        ("hidden",),
-        f"""expert_gate_up<T, D, F, A, G, LANES, ROWS, ACTIVATION, BIAS>(
-    x, experts, {_bank_value("gate_", name)}, {_bank_value("up_", name)},
-    gate_bias, up_bias, parameters, hidden, thread_position_in_grid, thread_index_in_simdgroup);""",
-    )
+    inputs = ("x", "experts", *gate, *up, "gate_bias", "up_bias", "parameters")
+    values = ", ".join(("x", "experts", _bank_value("gate_", name), _bank_value("up_", name), *inputs[-3:]))
+    if not rotated:
+        body = f"""expert_gate_up<T, D, F, A, G, LANES, ROWS, ACTIVATION, BIAS>(
+    {values}, hidden, thread_position_in_grid, thread_index_in_simdgroup);"""
+        return _Kernel(f"expert_gate_up_{name}", "expert_decode.metal", inputs, ("hidden",), body)
+    body = f"""threadgroup float values[BLOCK];
+expert_gate_up_rotated<T, D, F, A, G, LANES, ROWS, ACTIVATION, BIAS, BLOCK, SIMDGROUPS>(
+    {values}, signs, hidden, values,
+    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);"""
+    return _Kernel(f"expert_gate_up_rotated_{name}", "expert_decode.metal", (*inputs, "signs"), ("hidden",), body)
 
 
 @cache
@@ -431,35 +499,57 @@ class MetalKernels:
         return mx.metal.is_available()
 
     def expert_gate_up(
-        self, x: mx.array, experts: mx.array, gate: Bank, up: Bank | None, activation: Activation
+        self,
+        x: mx.array,
+        experts: mx.array,
+        gate: Bank,
+        up: Bank | None,
+        activation: Activation,
+        rotation: Rotation | None = None,
     ) -> mx.array:
-        """As ReferenceKernels.expert_gate_up, in one dispatch."""
+        """As ReferenceKernels.expert_gate_up, in one dispatch; where choose_epilogue has no launch for the rotation, in a
+        second one, which reads hidden values that were rounded to the type of x."""
         (tokens, columns), active, rows = x.shape, experts.shape[-1], gate.shape.rows
         lanes = choose_lanes(columns)
         rows_per_lane = _ROWS if up is None else _ROWS // 2
+        tile = _tile(rows_per_lane, lanes)
+        simdgroups = 0
+        if rotation is not None:
+            _check_blocks(rotation.block, rows)
+            simdgroups = choose_epilogue(rotation.block, tile)
+            if simdgroups == 0:
+                return self.hadamard_blocks(self.expert_gate_up(x, experts, gate, up, activation), *rotation)
         second = gate if up is None else up
         assert _format_name(second) == _format_name(gate)
         assert _format_template(second) == _format_template(gate)
         with_bias = gate.bias is not None
         if activation not in self._parameters:
             self._parameters[activation] = mx.array([activation.alpha, activation.limit], mx.float32)
-        (hidden,) = self._kernel(_gate_up(_format_name(gate)))(
-            inputs=[
-                x,
-                experts.reshape(-1),
-                *_arrays(gate),
-                *_arrays(second),
-                *((gate.bias, second.bias) if with_bias else (x, x)),
-                self._parameters[activation],
-            ],
-            template=[
-                *(("T", x.dtype), ("D", columns), ("F", rows), ("A", active), ("G", gate.shape.group_size)),
-                *(("LANES", lanes), ("ROWS", rows_per_lane)),
-                *(("ACTIVATION", ACTIVATIONS.index(activation.kind)), ("BIAS", with_bias)),
-                *_format_template(gate),
-            ],
-            grid=(32 * -(-rows // _tile(rows_per_lane, lanes)), tokens * active, 1),
-            threadgroup=(64, 1, 1),
+        inputs = [
+            x,
+            experts.reshape(-1),
+            *_arrays(gate),
+            *_arrays(second),
+            *((gate.bias, second.bias) if with_bias else (x, x)),
+            self._parameters[activation],
+        ]
+        template = [
+            *(("T", x.dtype), ("D", columns), ("F", rows), ("A", active), ("G", gate.shape.group_size)),
+            *(("LANES", lanes), ("ROWS", rows_per_lane)),
+            *(("ACTIVATION", ACTIVATIONS.index(activation.kind)), ("BIAS", with_bias)),
+            *_format_template(gate),
+        ]
+        grid, threadgroup = (32 * -(-rows // tile), tokens * active, 1), (64, 1, 1)
+        if rotation is not None:
+            inputs.append(rotation.signs)
+            template += [("BLOCK", rotation.block), ("SIMDGROUPS", simdgroups)]
+            threadgroup = (32 * simdgroups, 1, 1)
+            grid = (threadgroup[0] * (rows // rotation.block), tokens * active, 1)
+        (hidden,) = self._kernel(_gate_up(_format_name(gate), rotation is not None))(
+            inputs=inputs,
+            template=template,
+            grid=grid,
+            threadgroup=threadgroup,
             output_shapes=[(tokens, active, rows)],
             output_dtypes=[x.dtype],
         )
@@ -491,10 +581,9 @@ class MetalKernels:
         return out
 
     def hadamard_blocks(self, x: mx.array, signs: mx.array, block: int) -> mx.array:
-        """As ReferenceKernels.hadamard_blocks. Raises ValueError for a block that is none of HADAMARD_BLOCKS."""
+        """As ReferenceKernels.hadamard_blocks, in one dispatch."""
         columns = x.shape[-1]
-        if block not in HADAMARD_BLOCKS or columns % block != 0:
-            raise ValueError(f"no Hadamard transform in blocks of {block} over {columns} columns")
+        _check_blocks(block, columns)
         simdgroups = max(1, block // 512)
         (y,) = self._kernel(_HADAMARD)(
             inputs=[x, signs],
@@ -567,12 +656,23 @@ class MetalKernels:
 
 
 class ExpertBanks(NamedTuple):
-    """The routed experts of one layer: gate, up and down, or the first and the last of two (`up` None)."""
+    """The routed experts of one layer: gate, up and down, or the first and the last of two (`up` None). `rotation`: what
+    the columns of down expect of the hidden values. `decode`, `prefill`: what computes that phase in place of the kernels,
+    as expert_outputs does."""
 
     gate: Bank
     up: Bank | None
     down: Bank
     activation: Activation
+    rotation: Rotation | None = None
+    decode: Callable[[mx.array, mx.array], mx.array] | None = None
+    prefill: Callable[[mx.array, mx.array], mx.array] | None = None
+
+
+def phase_of(num_pairs: int, num_experts: int) -> str:
+    """DECODE as long as there are no more (token, expert) pairs than experts: it reads an expert's weights once per pair,
+    PREFILL once per expert but in tiles of 32 rows and more. (Where the two cross on a GPU has not been measured.)"""
+    return PREFILL if num_pairs > num_experts else DECODE
 
 
 def expert_outputs(
@@ -580,10 +680,14 @@ def expert_outputs(
 ) -> mx.array:
     """x [T, D], experts [T, A] -> the output of each chosen expert, unweighted [T, A, D]: what mlx-lm's blocks expect
     from their SwitchGLU. `weighted_outputs` is what a block that leaves the weighting to us should call."""
-    if experts.size > banks.gate.num_experts:
+    phase = phase_of(experts.size, banks.gate.num_experts)
+    builtin = banks.prefill if phase == PREFILL else banks.decode
+    if builtin is not None:
+        return builtin(x, experts)
+    if phase == PREFILL:
         return _prefill(kernels, banks, x, experts)
     tokens, active = experts.shape
-    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation)
+    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation, banks.rotation)
     pairs = hidden.reshape(tokens * active, 1, -1)
     weights = _ones(tokens * active)
     return kernels.expert_down(pairs, experts.reshape(-1, 1), weights, banks.down).reshape(tokens, active, -1)
@@ -598,28 +702,38 @@ def _ones(count: int) -> mx.array:
 def weighted_outputs(
     kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array, experts: mx.array, weights: mx.array
 ) -> mx.array:
-    """x [T, D], experts and router weights [T, A] -> the layer's routed output [T, D].
-
-    Decode reads an expert's weights once per pair, prefill once per expert but in tiles of 32 rows and more: decode as
-    long as there are no more pairs than experts. (Where the two cross on a GPU has not been measured.)
-    """
-    if experts.size > banks.gate.num_experts:
-        outputs = _prefill(kernels, banks, x, experts).astype(mx.float32)
-        return (outputs * weights.astype(mx.float32)[..., None]).sum(axis=1).astype(x.dtype)
-    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation)
+    """x [T, D], experts and router weights [T, A] -> the layer's routed output [T, D]."""
+    if phase_of(experts.size, banks.gate.num_experts) == PREFILL or banks.decode is not None:
+        return weighted_sum(expert_outputs(kernels, banks, x, experts), weights)
+    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation, banks.rotation)
     return kernels.expert_down(hidden, experts, weights, banks.down)
+
+
+def weighted_sum(outputs: mx.array, weights: mx.array) -> mx.array:
+    """outputs [T, A, D], router weights [T, A] -> [T, D], summed in float32."""
+    weighted = outputs.astype(mx.float32) * weights.astype(mx.float32)[..., None]
+    return weighted.sum(axis=1).astype(outputs.dtype)
 
 
 def _prefill(kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array, experts: mx.array) -> mx.array:
     """As expert_outputs, expert by expert."""
     tokens, active = experts.shape
     order, offsets, inverse = sort_by_expert(experts, banks.gate.num_experts)
-    rows = (order // active).astype(mx.uint32)
+    outputs = prefill_outputs(kernels, banks, x, (order // active).astype(mx.uint32), offsets)
+    return outputs[inverse].reshape(tokens, active, -1)
+
+
+def prefill_outputs(
+    kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array, rows: mx.array, offsets: mx.array
+) -> mx.array:
+    """x [T, D], rows [M] of it in the order of the experts, offsets int32 [E + 1] of each expert's first row in that order
+    -> the output of each row's expert, unweighted [M, D]. A row does not depend on the others."""
     gates = kernels.expert_gemm(x, rows, offsets, banks.gate)
     ups = kernels.expert_gemm(x, rows, offsets, banks.up) if banks.up is not None else gates
     hidden = _activate(gates.astype(mx.float32), ups.astype(mx.float32), banks.activation).astype(x.dtype)
-    outputs = kernels.expert_gemm(hidden, mx.arange(order.size, dtype=mx.uint32), offsets, banks.down)
-    return outputs[inverse].reshape(tokens, active, -1)
+    if banks.rotation is not None:
+        hidden = kernels.hadamard_blocks(hidden, *banks.rotation)
+    return kernels.expert_gemm(hidden, mx.arange(rows.size, dtype=mx.uint32), offsets, banks.down)
 
 
 def choose_lanes(columns: int) -> int:
@@ -630,6 +744,12 @@ def choose_lanes(columns: int) -> int:
     units = columns // UNIT
     busy = {lanes: units / (-(-units // lanes) * lanes) for lanes in (32, 16, 8, 4, 2, 1)}
     return next((lanes for lanes, share in busy.items() if share >= 0.9), max(busy, key=lambda lanes: busy[lanes]))
+
+
+def choose_epilogue(block: int, tile: int) -> int:
+    """Simdgroups that make one block of hidden values of expert_gate_up and its transform, a tile of rows at a time, or 0
+    where there is no such launch: a large block would leave too few threadgroups, a tile must not be larger than one."""
+    return min(_MAX_SIMDGROUPS, block // tile) if block in EPILOGUE_BLOCKS else 0
 
 
 def choose_simdgroups(active: int) -> int:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-SCORES = ("softmax", "sigmoid", "softmax_chosen")  # softmax_chosen: softmax over the chosen experts' logits only
+# softmax_chosen: softmax over the chosen experts' logits only. sparsemixer: an expert's weight is its share in the softmax
+# of the experts that are not chosen before it and whose logits are near its own (Phi-3.5, as mlx-lm's phimoe computes it)
+SCORES = ("softmax", "sigmoid", "softmax_chosen", "sparsemixer")
 GROUP_SCORES = ("max", "top2")  # DeepSeek-V2 takes a group's best expert, V3 the sum of its two best
 MAX_EXPERTS = 1024
 MAX_GROUPS = 32
@@ -26,7 +28,8 @@ class Router:
     Experts are chosen by their logits or, where there is a selection bias, by score + bias; the bias is no part of the
     weights. With groups (of neighbouring experts, all of one size) only experts of the `top_groups` best groups are
     chosen from. Among equals the lowest index is chosen; chosen experts are in descending order. Weights are
-    score / (sum of chosen scores + epsilon), or the score itself without `normalise`, times `scaling`.
+    score / (sum of chosen scores + epsilon), or the score itself without `normalise`, times `scaling`. For sparsemixer
+    epsilon is the jitter: near a logit g are those with g - other <= 2 epsilon max(|other|, g).
     """
 
     num_experts: int
@@ -50,6 +53,7 @@ class Router:
             and in_groups * self.num_groups == self.num_experts
             and (self.top_groups == self.num_groups or self.group_score == "max" or in_groups >= 2)
             and 1 <= self.top_k <= min(in_groups * self.top_groups, MAX_TOP_K)
+            and (self.score != "sparsemixer" or (self.num_groups == 1 and not self.normalise))
         )
         if not sound:
             raise ValueError(f"no router can do this: {self}")
@@ -77,10 +81,13 @@ def route(logits: mx.array, bias: mx.array | None, router: Router) -> Routing:
         best = mx.sort(grouped, axis=-1)[..., -1 if router.group_score == "max" else -2 :]
         rank = _ranks(best.sum(axis=-1))
         chosen_by = mx.where((rank < router.top_groups)[..., None], grouped, -mx.inf).reshape(logits.shape)
-    experts = mx.argsort(_ranks(chosen_by), axis=-1)[..., : router.top_k]
+    ranks = _ranks(chosen_by)
+    experts = mx.argsort(ranks, axis=-1)[..., : router.top_k]
     weights = mx.take_along_axis(scores, experts, axis=-1)
     if router.score == "softmax_chosen":
         weights = mx.softmax(weights, axis=-1)
+    if router.score == "sparsemixer":
+        weights = _shares(logits, ranks, weights, router.epsilon)
     if router.normalise:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + router.epsilon)
     return Routing(experts.astype(mx.uint32), weights * router.scaling)
@@ -92,3 +99,12 @@ def _ranks(values: mx.array) -> mx.array:
     index = mx.arange(values.shape[-1])
     before = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))
     return before.sum(axis=-1)
+
+
+def _shares(logits: mx.array, ranks: mx.array, chosen: mx.array, jitter: float) -> mx.array:
+    """logits and their ranks [T, E], chosen logits [T, A] in their order -> the share of each among those near it that
+    are not chosen before it."""
+    top, others = chosen[..., :, None], logits[..., None, :]
+    left = ranks[..., None, :] >= mx.arange(chosen.shape[-1])[:, None]
+    near = top - others <= 2 * jitter * mx.maximum(mx.abs(others), top)
+    return 1 / mx.where(left & near, mx.exp(others - top), 0).sum(axis=-1)

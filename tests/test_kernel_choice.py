@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlxmoe import kernel_choice
 from mlxmoe.checkpoint import DEMO
-from mlxmoe.experts import ExpertLayer
+from mlxmoe.experts import ExpertLayer, stock_banks
 from mlxmoe.files import write_atomically
 from mlxmoe.kernel_choice import (
     BUILTINS,
@@ -24,18 +25,22 @@ from mlxmoe.kernel_choice import (
     DeviceFacts,
     LayerShape,
     Record,
+    Timing,
     all_cases,
     check,
     expert_cases,
     kernels_hash,
     layer_candidates,
     metal_facts,
+    phase_tokens,
     record_path,
     run_checks,
     select,
+    select_all,
+    timing_key,
     tune,
 )
-from mlxmoe.kernels import MetalKernels, ReferenceKernels
+from mlxmoe.kernels import PHASES, MetalKernels, ReferenceKernels
 from mlxmoe.models import num_experts_per_token
 from mlxmoe.plan import Plan
 
@@ -50,6 +55,7 @@ class Gpu:
     def __init__(self, fault: Callable[[Any], Any] = lambda result: result, method: str = "", seconds: float = 1.0):
         self.fault, self.method, self.seconds = fault, method, seconds
         self.now, self.made, self.calls = 0.0, 0, 0
+        self.last: Any = None
 
     def clock(self) -> float:
         return self.now
@@ -57,6 +63,7 @@ class Gpu:
     def make(self) -> Any:
         self.made += 1
         kernels: Any = ReferenceKernels()
+        self.last = kernels
         for name in METHODS:
             setattr(kernels, name, self._wrapped(name, getattr(kernels, name)))
         return kernels
@@ -108,7 +115,7 @@ def builtin_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu, float], N
 
 def choose(gpu: Gpu, path: Path, layer: LayerShape = LAYER, facts: DeviceFacts = FACTS) -> tuple[Any, str, list[str]]:
     said: list[str] = []
-    kernels, reason = select(layer, facts, gpu.make, path, gpu.clock, said.append)
+    kernels, reason, _ = select(layer, facts, gpu.make, path, gpu.clock, said.append)
     return kernels, reason, said
 
 
@@ -121,6 +128,7 @@ def test_every_kernel_type_and_format_is_checked() -> None:
     found = {(case.kernel, case.dtype, case.variant.split(" D=")[0]) for case in all_cases()}
     formats = ("planes 2/3/4/6/8 bit", "affine 4 bit", "mxfp4 4 bit")
     expected = {(kernel, name) for kernel in EXPERT_KERNELS for name in formats}
+    expected.add(("expert_gate_up", "rotated planes 2/3/4/6/8 bit"))
     expected |= {("hadamard_blocks", "blocks of 128"), ("hadamard_blocks", "blocks of 1024")}
     expected |= {("route", "softmax"), ("route", "sigmoid in groups")}
     assert found == {(kernel, dtype, name) for kernel, name in expected for dtype in ("float16", "bfloat16")}
@@ -151,6 +159,17 @@ def test_faults_of_rotation_and_routing_are_found() -> None:
     assert [one.reason for one in swapped[2:]] == ["other experts than the reference chooses"] * 2
     weighed = check(Gpu(lambda r: r._replace(weights=r.weights * 1.001), "route").make(), cases)
     assert [one.status for one in weighed] == ["ok", "ok", "differs", "differs"]
+
+
+def test_a_wrong_epilogue_is_found() -> None:
+    """Signs left out, and the transform left out."""
+    (case,) = [case for case in all_cases() if case.variant.startswith("rotated") and case.dtype == "float16"]
+    right = ReferenceKernels()
+    assert [one.status for one in check(right, [case])] == ["ok"]
+    for wrong in (lambda rotation: rotation._replace(signs=mx.ones_like(rotation.signs)), lambda rotation: None):
+        kernels: Any = ReferenceKernels()
+        kernels.expert_gate_up = lambda *args, wrong=wrong: right.expert_gate_up(*args[:-1], wrong(args[-1]))
+        assert [one.status for one in check(kernels, [case])] == ["differs"]
 
 
 def test_faults_at_evaluation_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,21 +235,47 @@ def test_what_raises_is_left_out_of_the_timing() -> None:
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-def test_both_candidates_run_the_layer(activation: str) -> None:
-    """Two levels: the built-ins take two products for every projection, the kernels one launch."""
+@pytest.mark.parametrize(("phase", "tokens", "calls"), [("decode", 8, 8), ("prefill", 170, 1)])
+def test_both_candidates_run_the_layer(activation: str, phase: str, tokens: int, calls: int) -> None:
+    """Two levels: the built-ins take two products for every projection, the kernels one launch, and one for gate and up
+    together at decode."""
     gpu, layer = Gpu(), dataclasses.replace(LAYER, activation=kernel_choice.Activation(activation), bias=True)
     outputs: list[mx.array] = []
-    candidates = layer_candidates(layer, gpu.make())
+    candidates = layer_candidates(layer, gpu.make(), phase)
     original, products = mx.gather_qmm, []
+    projections = 2 if activation == "relu2" else 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx, "gather_qmm", lambda *a, **k: products.append(k["bits"]) or original(*a, **k))
         patch.setattr(mx, "eval", outputs.extend)
         candidates[KERNELS]()
-        assert (len(products), gpu.calls) == (0, 16)
+        launched = gpu.calls
+        assert (len(products), launched) == (0, 16 if phase == "decode" else projections)
         candidates[BUILTINS]()
-        assert (len(products), gpu.calls) == (8 * 2 * (2 if activation == "relu2" else 3), 16)
-    assert {array.shape for array in outputs} == {(1, 2, 64)}
+        assert (len(products), gpu.calls) == (calls * 2 * projections, launched)
+    assert {array.shape for array in outputs} == {(tokens // calls, 2, 64)}
     assert all(mx.all(mx.isfinite(array)).item() for array in outputs)
+
+
+@pytest.mark.parametrize(("codec", "levels"), [("affine", (3,)), ("affine", (4, 6)), ("mxfp4", (4,))])
+@pytest.mark.parametrize("phase", PHASES)
+def test_both_candidates_of_a_stock_format_compute_the_same(codec: str, levels: tuple[int, ...], phase: str) -> None:
+    layer = dataclasses.replace(LAYER, codec=codec, levels=levels, bias=True)
+    outputs: list[mx.array] = []
+    candidates = layer_candidates(layer, ReferenceKernels(), phase)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "eval", outputs.append)
+        candidates[KERNELS]()
+        candidates[BUILTINS]()
+    for ours, theirs in zip(*outputs, strict=True):
+        assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_timed_chunk_loads_its_experts_as_the_model_would() -> None:
+    """256 tokens of 8 in 128 experts are 16 rows an expert: so are 32 tokens where 16 experts stand for the 128."""
+    layer = dataclasses.replace(LAYER, experts=128, active=8)
+    assert (phase_tokens(layer, "prefill"), phase_tokens(layer, "decode")) == (32, 8)
+    few = dataclasses.replace(LAYER, experts=4000, active=2)
+    assert phase_tokens(few, "prefill") * 2 > 4  # still more pairs than experts: the kernel of prefill
 
 
 def test_a_layer_of_a_plan() -> None:
@@ -242,6 +287,20 @@ def test_a_layer_of_a_plan() -> None:
     assert layer.levels == tuple(sorted(layer.levels))
 
 
+@pytest.mark.parametrize(("bits", "mode"), [((4, 4, 4), "affine"), ((3, 3, 6), "affine"), ((4, 4, 4), "mxfp4")])
+def test_a_layer_of_a_stock_checkpoint(bits: tuple[int, ...], mode: str) -> None:
+    switch = SwitchGLU(128, 64, 6)
+    for name, width in zip(("gate_proj", "up_proj", "down_proj"), bits, strict=True):
+        switch[name] = switch[name].to_quantized(32, width, mode=mode)
+    banks = stock_banks(ExpertLayer.from_switch(switch))
+    assert banks is not None
+    layer = LayerShape.of_stock(banks, 2, mx.float16)
+    levels = tuple(dict.fromkeys(bits))
+    assert layer == LayerShape(128, 64, 6, 2, 32, 32, levels, "float16", LAYER.activation, False, mode)
+    made = kernel_choice._random_banks(layer)
+    assert [made.gate.format[:2], made.down.format[:2]] == [(mode, bits[0]), (mode, bits[2])]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The choice
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +309,7 @@ def test_a_layer_of_a_plan() -> None:
 def test_without_metal_there_is_nothing_to_choose(tmp_path: Path) -> None:
     gpu, said = Gpu(), []
     choice = select(LAYER, None, gpu.make, tmp_path / "record.json", gpu.clock, said.append)
-    assert choice == (None, "MLX's built-in products: there is no Metal GPU")
+    assert choice[:2] == (None, "MLX's built-in products: there is no Metal GPU")
     assert (gpu.made, said, list(tmp_path.iterdir())) == (0, [], [])
 
 
@@ -259,8 +318,9 @@ def test_kernels_that_are_right_and_faster_are_used(tmp_path: Path, builtin_seco
     builtin_seconds(gpu, 1e-6)
     kernels, reason, said = choose(gpu, tmp_path / "deep" / "record.json")
     assert kernels is not None
-    # 2 launches a layer against 6 products, of two levels
-    assert reason == "Metal kernels: faster here (kernels 2 us, builtins 6 us a layer)"
+    # decode: 2 launches a layer against 6 products, of two levels; prefill: 3 launches against them, for 170 tokens
+    times = "decode: kernels 2 us, builtins 6 us; prefill: kernels 0.0176 us, builtins 0.0353 us; a layer and token"
+    assert reason == f"Metal kernels: faster here ({times})"
     assert said == ["checking the Metal kernels on this GPU; this happens once"]
 
 
@@ -269,8 +329,101 @@ def test_slow_kernels_are_not_used(tmp_path: Path, builtin_seconds: Any) -> None
     builtin_seconds(gpu, 1e-6)
     kernels, reason, said = choose(gpu, tmp_path / "record.json")
     assert kernels is None
-    assert reason == "MLX built-in products: faster here (kernels 8 us, builtins 6 us a layer)"
+    times = "decode: kernels 8 us, builtins 6 us; prefill: kernels 0.0706 us, builtins 0.0353 us; a layer and token"
+    assert reason == f"MLX built-in products: faster here ({times})"
     assert not any("warning" in line for line in said)
+
+
+def timed(decode: tuple[float, float], prefill: tuple[float, float], layer: LayerShape) -> dict[str, Timing]:
+    """Timings of a layer from seconds a token: of the kernels and of the built-ins."""
+    return {
+        phase: Timing(
+            {name: s * phase_tokens(layer, phase) for name, s in zip((KERNELS, BUILTINS), each, strict=True)}, {}
+        )
+        for phase, each in (("decode", decode), ("prefill", prefill))
+    }
+
+
+STOCK_LAYER = dataclasses.replace(LAYER, codec="affine", levels=(4,))
+FASTEST = [
+    # decode, prefill (kernels, built-ins), then who computes what: of planes, and of a stock format
+    ((1, 2), (1, 2), PHASES, PHASES),
+    ((2, 1), (2, 1), (), ()),
+    ((1, 4), (2, 1), PHASES, ("decode",)),  # planes: 3 against 5
+    ((3, 4), (9, 1), (), ("decode",)),  # planes: 12 against 5
+    ((4, 3), (1, 9), PHASES, ("prefill",)),
+]
+
+
+@pytest.mark.parametrize(("decode", "prefill", "of_planes", "of_stock"), FASTEST)
+def test_each_phase_has_its_say(
+    decode: tuple[float, float], prefill: tuple[float, float], of_planes: tuple[str, ...], of_stock: tuple[str, ...]
+) -> None:
+    for layer, expected in ((LAYER, of_planes), (STOCK_LAYER, of_stock)):
+        kernels = ReferenceKernels()
+        choice = kernel_choice._fastest(layer, kernels, timed(decode, prefill, layer))
+        assert choice.phases == expected
+        assert choice.kernels is (kernels if expected else None)
+        told = {(): "MLX built-in products: ", PHASES: "Metal kernels: "}
+        assert choice.reason.startswith(told.get(expected, f"Metal kernels at {''.join(expected)}: "))
+
+
+def test_builtins_that_fail_at_a_phase_leave_it_to_the_kernels() -> None:
+    timings = timed((2, 1), (2, 1), STOCK_LAYER)
+    timings["prefill"] = Timing({KERNELS: 1.0}, {BUILTINS: "no such product"})
+    assert kernel_choice._fastest(STOCK_LAYER, ReferenceKernels(), timings).phases == ("prefill",)
+    assert kernel_choice._fastest(LAYER, ReferenceKernels(), timings).phases == PHASES
+
+
+BOTH, NONE = PHASES, None
+SELECTED = [
+    ([BOTH, BOTH], PHASES),
+    ([BOTH, ("decode",)], ("decode",)),
+    ([("decode",), ("prefill",)], ()),
+    ([BOTH, NONE], ()),
+]
+
+
+@pytest.mark.parametrize(("each", "expected"), SELECTED)
+def test_layers_that_differ_share_one_choice(
+    each: list[tuple[str, ...] | None], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [dataclasses.replace(LAYER, experts=8 + i) for i in range(len(each))]
+    kernels, asked = ReferenceKernels(), []
+
+    def select_one(layer: LayerShape, *_: Any) -> kernel_choice.Choice:
+        asked.append(layer)
+        phases = each[layers.index(layer)]
+        return kernel_choice.Choice(kernels, f"{phases}", phases) if phases else kernel_choice.Choice(None, "None")
+
+    monkeypatch.setattr(kernel_choice, "select", select_one)
+    choice = select_all([*layers, *layers], FACTS)
+    assert asked == layers  # equal ones once
+    assert choice.phases == expected
+    assert choice.kernels is (kernels if expected else None)
+    assert choice.reason == f"{min(each, key=lambda phases: len(phases or ()))}"
+
+
+def test_a_stock_format_is_checked_and_timed(tmp_path: Path, builtin_seconds: Any) -> None:
+    """Slow at prefill only: 3 launches against 3 products, and at decode 2 against 3."""
+    gpu = Gpu(seconds=1.2e-6)
+    builtin_seconds(gpu, 1e-6)
+    path = tmp_path / "record.json"
+    choice = select(STOCK_LAYER, FACTS, gpu.make, path, gpu.clock, lambda _: None)
+    assert choice.phases == ("decode",)
+    assert choice.reason.startswith(
+        "Metal kernels at decode: faster here (decode: kernels 2.4 us, builtins 3 us; prefill: "
+    )
+    record = Record.load(path, FACTS)
+    assert set(record.timings) == {timing_key(STOCK_LAYER, phase) for phase in PHASES}
+    variants = {one.variant.split(" D=")[0] for one in record.checks.values() if one.kernel == "expert_down"}
+    assert variants == {"affine 4 bit"}
+    assert choose(Gpu(fails, "expert_gemm", 0), tmp_path / "other.json", STOCK_LAYER)[0] is None
+    again = Gpu(seconds=0)
+    assert select(STOCK_LAYER, FACTS, again.make, path, again.clock, lambda _: None) == choice._replace(
+        kernels=again.last
+    )
+    assert again.calls == 0
 
 
 @pytest.mark.parametrize("method", EXPERT_KERNELS)
@@ -292,12 +445,15 @@ def test_a_kernel_that_no_model_needs_may_be_wrong(tmp_path: Path) -> None:
     assert choose(Gpu(fails, "hadamard_blocks", 0), tmp_path / "record.json")[0] is not None
 
 
-def test_kernels_that_fail_in_the_model_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("phase", PHASES)
+def test_kernels_that_fail_in_the_model_only(phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right when checked, and an error when timed as the model would run them."""
-    candidates = {KERNELS: lambda: fails(None), BUILTINS: lambda: None}
-    monkeypatch.setattr(kernel_choice, "layer_candidates", lambda *_: candidates)
+    candidates = {KERNELS: lambda: None, BUILTINS: lambda: None}
+    broken = {KERNELS: lambda: fails(None), BUILTINS: lambda: None}
+    monkeypatch.setattr(kernel_choice, "layer_candidates", lambda *a: broken if a[-1] == phase else candidates)
     kernels, _, said = choose(Gpu(), tmp_path / "record.json")
     assert kernels is None
+    assert f"at {phase}" in said[-1]
     assert "no such type" in said[-1]
     assert said[-1].startswith("warning: ")
 
@@ -330,7 +486,7 @@ def test_another_shape_is_measured_and_the_first_is_kept(tmp_path: Path) -> None
     other = Gpu(seconds=0)
     choose(other, path, dataclasses.replace(LAYER, hidden=64))
     assert other.calls > 0
-    assert len(Record.load(path, FACTS).timings) == 2
+    assert len(Record.load(path, FACTS).timings) == 4
     again = Gpu(seconds=0)
     choose(again, path)
     assert again.calls == 0

@@ -13,7 +13,8 @@ import mlx.nn as nn
 import pytest
 
 from mlxmoe.bench import launches
-from mlxmoe.bench.launches import _as_on_gpu, _Constants, count, narrowed
+from mlxmoe.bench.launches import StepLaunches, _as_on_gpu, _Constants, count, narrowed
+from mlxmoe.checkpoint import read_config
 from mlxmoe.cli import main
 from mlxmoe.errors import UserError
 
@@ -120,7 +121,7 @@ def test_a_small_model_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [each["model"] for each in result["not_counted"]] == ["bad"]
     (row,) = result["rows"]
-    assert set(row) == {"model", "moe_layers", "stock", "ours", "moe_ratio"}
+    assert set(row) == {"model", "moe_layers", "stock", "ours", "moe_ratio", "meets_bar"}
     assert row["moe_layers"] == 2  # the layer between them is dense
     for side in (row["stock"], row["ours"]):
         assert set(side) == {"per_token", "per_moe_layer", "moe_blocks", "rest"}
@@ -142,6 +143,45 @@ def test_an_activation_without_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launches, "activation_of", lambda module: None)
     with pytest.raises(UserError, match="the kernels have no SwiGLU"):
         count("m", CONFIG)
+
+
+def test_a_config_that_is_not_whole_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {key: value for key, value in CONFIG.items() if key != "rms_norm_eps"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["bench", "launches", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "lacks rms_norm_eps, which mlx-lm requires" in err
+    assert err.count("hint:") == 1
+
+
+def test_a_model_that_stock_does_not_know_is_said() -> None:
+    """mlxmoe reads text-only Qwen3.5 checkpoints; mlx-lm has no module of that name."""
+    config = {**CONFIG, "model_type": "qwen3_5_moe_text", "mlp_only_layers": []}
+    with pytest.raises(UserError, match="stock mlx-lm does not build m: Model type qwen3_5_moe_text"):
+        count("m", config)
+
+
+def test_the_bar() -> None:
+    """At most half in the MoE blocks, no more in the rest."""
+    stock = StepLaunches((10, 20), 7)
+    assert launches.Row("m", 2, stock, StepLaunches((5, 10), 7)).meets_bar
+    assert not launches.Row("m", 2, stock, StepLaunches((6, 10), 7)).meets_bar
+    assert not launches.Row("m", 2, stock, StepLaunches((5, 10), 8)).meets_bar
+
+
+@pytest.mark.slow
+def test_real_models_meet_the_bar(shared_dir: Path) -> None:
+    """All whose config mlx-lm can build: not deepseek_v4, which it does not know, nor a config of sizes only."""
+    folders = sorted(path.parent for path in (shared_dir / "models" / "configs").glob("*/config.json"))
+    rows, refused = [], []
+    for folder in folders:
+        try:
+            rows.append(count(folder.name, read_config(folder)))
+        except UserError:
+            refused.append(folder.name)
+    assert refused == ["deepseek-ai__DeepSeek-V4-Flash", "ibm-granite__granite-3.0-3b-a800m"]
+    assert len(rows) == len(folders) - 2
+    assert [row.model for row in rows if not row.meets_bar] == []
 
 
 def test_a_config_that_cannot_be_read_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
