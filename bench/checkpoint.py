@@ -109,7 +109,7 @@ def write_checkpoint(folder: Path, shape: CheckpointShape, shard_bytes: int = 25
         weight_map |= {name: file for name, _ in shard}
     index = {"metadata": {"total_size": shape.nbytes()}, "weight_map": weight_map}
     _write_json(folder / "model.safetensors.index.json", index)
-    _write_json(folder / "config.json", _config(shape))
+    _write_json(folder / "config.json", model_config(shape))
     write_tokenizer(folder)
     return total
 
@@ -154,7 +154,7 @@ def write_tokenizer(folder: Path) -> None:
     )
 
 
-def _config(shape: CheckpointShape) -> dict[str, Any]:
+def model_config(shape: CheckpointShape) -> dict[str, Any]:
     return {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlxmoe.arguments import note, print_json
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.quantize import affine_search, clip_search, encode
 from mlxmoe.convert.source import Source
-from mlxmoe.evaluate import EvalConfig, LogitsFn, evaluate
+from mlxmoe.evaluate import EvalConfig, evaluate, remembered
 from mlxmoe.loading import open_model
 from mlxmoe.models import named_arrays
 
@@ -82,19 +81,6 @@ def measure_classes(checkpoint: Path, texts: list[Path], max_tokens: int) -> lis
                 f"{tensor_class} at {bits} bits: error {error:.4f}, KLD {rows[-1].kld:.4f}, slope {rows[-1].slope:.3g}"
             )
     return rows
-
-
-def remembered(model: nn.Module) -> LogitsFn:
-    """The reference's logits, computed once per batch of tokens: every row of the table asks for the same ones."""
-    seen: dict[bytes, np.ndarray] = {}
-
-    def logits(tokens: mx.array) -> mx.array:
-        key = np.array(tokens).tobytes()
-        if key not in seen:
-            seen[key] = np.array(model(tokens).astype(mx.float32))
-        return mx.array(seen[key])
-
-    return logits
 
 
 def main() -> None:

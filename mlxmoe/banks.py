@@ -5,8 +5,8 @@ Reads through ExpertStore, decides nothing: levels and widths come from residenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,51 +14,79 @@ import numpy as np
 from mlxmoe.experts import Bucket, ExpertLayer
 from mlxmoe.formats import LEVELS, MatrixShape, array_bytes, level_scale, merge_planes, num_planes, write_floats
 from mlxmoe.kernels import PlaneBank
-from mlxmoe.plan import LayerPlan, Plan
-from mlxmoe.residency import Residency
+from mlxmoe.plan import ExpertEntry, LayerPlan
 from mlxmoe.store import ExpertStore, record_parts
 
-
-def fill_buckets(
-    layers: dict[str, ExpertLayer], folder: Path, plan: Plan, residency: Residency, dtype: mx.Dtype
-) -> None:
-    """Reads the resident planes and sets the buckets of every layer (module path -> layer)."""
-    widths = {layer.path: row for layer, row in zip(plan.layers, residency.widths, strict=True)}
-    for layer, projections in _read(folder, plan, residency):
-        for p, (shape, projection) in enumerate(zip(layer.projections, projections, strict=True)):
-            layers[layer.path][shape.name].fill(projection.buckets(widths[layer.path][p], dtype))
+Rows = list[tuple[list[int], "MergedBank"]]  # of a projection: the experts of each bank, in row order
 
 
-def plane_banks(
-    layers: dict[str, ExpertLayer], folder: Path, plan: Plan, residency: Residency
-) -> Iterator[tuple[str, list[PlaneBank]]]:
-    """Reads the resident planes: (module path, a bank per projection) of every layer, with the layer's biases."""
-    for layer, projections in _read(folder, plan, residency):
-        module = layers[layer.path]
-        yield (
-            layer.path,
-            [
-                projection.plane_bank(module[shape.name].get("bias"))
-                for shape, projection in zip(layer.projections, projections, strict=True)
-            ],
-        )
+def fill_layer(
+    module: ExpertLayer,
+    store: ExpertStore,
+    layer: LayerPlan,
+    levels: Sequence[tuple[int, ...]],
+    widths: tuple[int, ...],
+    dtype: mx.Dtype,
+) -> list[Rows]:
+    """Reads the planes of a layer that are resident at these levels and sets its buckets: a bank per projection and
+    width. What the layer held before is freed first; nothing may be reading it."""
+    for shape in layer.projections:
+        module[shape.name].fill([])
+    mx.clear_cache()  # MLX would hand out a freed buffer that is larger than what it is for
+    found = []
+    for p, (shape, projection) in enumerate(zip(layer.projections, _projections(store, layer, levels), strict=True)):
+        rows = projection.merged(widths[p], dtype)
+        module[shape.name].fill([(experts, bank.arrays) for experts, bank in rows])
+        found.append(rows)
+    return found
 
 
-def _read(folder: Path, plan: Plan, residency: Residency) -> Iterator[tuple[LayerPlan, list[_Projection]]]:
-    """One layer's records at a time."""
-    with ExpertStore(folder, plan.layers) as store:
-        for layer, levels in zip(plan.layers, residency.levels, strict=True):
-            records = [
-                [store.read(layer.layer, e, plane) for plane in range(max(map(num_planes, expert)))]
-                for e, expert in enumerate(levels)
-            ]
-            yield (
-                layer,
-                [
-                    _Projection(layer, p, records, [expert[p] for expert in levels])
-                    for p in range(len(layer.projections))
-                ],
-            )
+def plane_layer(
+    store: ExpertStore, layer: LayerPlan, levels: Sequence[tuple[int, ...]], biases: Sequence[mx.array | None]
+) -> list[PlaneBank]:
+    """Reads the planes of a layer that are resident at these levels: a bank per projection, with its bias [E, N]."""
+    projections = _projections(store, layer, levels)
+    return [projection.plane_bank(bias) for projection, bias in zip(projections, biases, strict=True)]
+
+
+def _projections(store: ExpertStore, layer: LayerPlan, levels: Sequence[tuple[int, ...]]) -> list[_Projection]:
+    """Reads what is resident of a layer at these levels."""
+    records = [
+        [store.read(layer.layer, e, plane) for plane in range(max(map(num_planes, expert)))]
+        for e, expert in enumerate(levels)
+    ]
+    return [_Projection(layer, p, records, [expert[p] for expert in levels]) for p in range(len(layer.projections))]
+
+
+def resident_factor(entry: ExpertEntry, projection: int, level: int) -> float:
+    """What the stored scales of a matrix are multiplied with where `level` of its bits are resident."""
+    written, gains = entry.levels[projection], entry.gains[projection]
+    return level_scale(written, level, 1.0 if level == written else gains[num_planes(level) - 1])
+
+
+def read_matrix(store: ExpertStore, layer: LayerPlan, expert: int, projection: int, level: int) -> StoredMatrix:
+    """The first planes of one expert's projection, up to `level`, and its scales. Reads whole records."""
+    entry = layer.experts[expert]
+    records = [store.read(layer.layer, expert, plane) for plane in range(num_planes(level))]
+    parts = [
+        record[part.offset : part.offset + part.nbytes]
+        for plane, record in enumerate(records)
+        for part in record_parts(layer, entry, plane)
+        if (part.projection, part.field) == (projection, "words")
+    ]
+    (scales,) = (
+        records[0][part.offset : part.offset + part.nbytes]
+        for part in record_parts(layer, entry, 0)
+        if (part.projection, part.field) == (projection, "scales")
+    )
+    return StoredMatrix(parts, scales.view(np.float16))
+
+
+class StoredMatrix(NamedTuple):
+    """Planes as they are stored (uint8) and scales float16."""
+
+    planes: list[np.ndarray]
+    scales: np.ndarray
 
 
 class MergedBank:
@@ -107,28 +135,26 @@ class _Projection:
         for expert, level in enumerate(self._levels):
             for plane in range(num_planes(level)):
                 bank.write_plane(expert, plane, self._part(expert, plane, "words"))
-            bank.write_scales(expert, self._part(expert, 0, "scales").view(np.float16), self._factor(expert))
+            bank.write_scales(expert, self._part(expert, 0, "scales"), self._factor(expert))
         return bank
 
-    def buckets(self, width: int, dtype: mx.Dtype) -> list[tuple[list[int], Bucket]]:
-        """Merged codes: one bucket of the given field width, or (0) one per resident level."""
+    def merged(self, width: int, dtype: mx.Dtype) -> Rows:
+        """Merged codes: one bank of the given field width, or (0) one per resident level."""
         widths = {e: width or level for e, level in enumerate(self._levels)}
-        buckets = []
+        found = []
         for bits in sorted(set(widths.values())):
             experts = [e for e in widths if widths[e] == bits]
-            bucket = MergedBank(self._shape, bits, len(experts), dtype)
+            bank = MergedBank(self._shape, bits, len(experts), dtype)
             for row, expert in enumerate(experts):
                 planes = [self._part(expert, j, "words") for j in range(num_planes(self._levels[expert]))]
                 scales = self._part(expert, 0, "scales").view(np.float16)
-                bucket.write(row, planes, scales, self._factor(expert))
-            buckets.append((experts, bucket.arrays))
-        return buckets
+                bank.write(row, planes, scales, self._factor(expert))
+            found.append((experts, bank))
+        return found
 
     def _factor(self, expert: int) -> float:
         """What the stored scales are multiplied with at the resident level."""
-        entry, level = self._layer.experts[expert], self._levels[expert]
-        written, gains = entry.levels[self._projection], entry.gains[self._projection]
-        return level_scale(written, level, 1.0 if level == written else gains[num_planes(level) - 1])
+        return resident_factor(self._layer.experts[expert], self._projection, self._levels[expert])
 
     def _part(self, expert: int, plane: int, field_name: str) -> np.ndarray:
         """uint8 view of one array of a record."""

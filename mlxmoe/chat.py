@@ -24,8 +24,9 @@ from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
-from mlxmoe.arguments import add_model_arguments, note
+from mlxmoe.arguments import note
 from mlxmoe.errors import UserError
+from mlxmoe.runtime import add_runtime_arguments
 from mlxmoe.session import (
     Conversation,
     PromptProgress,
@@ -43,7 +44,7 @@ LEAVE = "/exit or Ctrl-D leaves"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_runtime_arguments(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; - reads it from stdin")
     add_generation_arguments(parser, max_tokens="until the context is full")
 
@@ -170,6 +171,8 @@ def _stats(chat: Chat, argument: str) -> None:
     note(f"conversation: {len(conversation.messages)} messages")
     note(f"KV cache: {engine.num_cached_tokens} of {engine.report.context} tokens")
     note(f"memory: {format_size(mx.get_active_memory())} now, {format_size(mx.get_peak_memory())} at most")
+    if engine.experts is not None:
+        note(engine.experts.line())
     note(f"sampling: temperature {sampling.temp:g}, top-p {sampling.top_p:g}, top-k {sampling.top_k}")
     if engine.stats is not None:
         note(f"last answer: {engine.stats.line()}")

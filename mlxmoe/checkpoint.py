@@ -21,17 +21,18 @@ DEMO = Path(__file__).with_name("demo")
 # What a model folder needs besides config.json and weights.
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 _DOWNLOAD = [*SIDE_FILES, "*.safetensors"]
-_NOT_COPIED = {"config.json", "plan.json", "model.safetensors.index.json"}
+REPACK_FILE = "repack.json"  # what makes a folder a repacked one
+_NOT_COPIED = {"config.json", "plan.json", REPACK_FILE, "model.safetensors.index.json"}
 
 
 class Checkpoint(NamedTuple):
-    """A folder whose files are whole. `kind`: converted (has a plan), mlx (stock, quantized) or huggingface."""
+    """A folder whose files are whole. `kind`: converted (has a plan), repacked, mlx (stock, quantized) or huggingface."""
 
     folder: Path
     name: str  # as the user wrote it
     kind: str
     config: dict[str, Any]
-    shards: tuple[Path, ...]  # the trunk's for a converted folder, all weights otherwise
+    shards: tuple[Path, ...]  # the trunk's for a converted or repacked folder, all weights otherwise
     tensors: dict[str, TensorInfo]
 
     @property
@@ -55,6 +56,8 @@ def open_checkpoint(source: str | Path | None) -> Checkpoint:
     config = read_config(folder)
     if is_converted(folder):
         kind = "converted"
+    elif (folder / REPACK_FILE).is_file():
+        kind = "repacked"
     else:
         kind = "mlx" if "quantization" in config else "huggingface"
     shards = _shards(folder)

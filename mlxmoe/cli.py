@@ -22,13 +22,26 @@ COMMANDS = {
     "chat": ("mlxmoe.chat", "talk with a model in the terminal"),
     "generate": ("mlxmoe.generate", "continue one prompt and exit"),
     "convert": ("mlxmoe.convert.cli", "turn a Hugging Face checkpoint into per-expert mixed precision"),
+    "repack": ("mlxmoe.repack", "lay out a checkpoint as it stands so that an expert is one read"),
     "inspect": ("mlxmoe.inspect", "show what a model is made of and what it would take to run it"),
     "eval": ("mlxmoe.evaluate", "measure fidelity: KLD, top-1 agreement and perplexity against a reference"),
+    "forecast": ("mlxmoe.forecast", "measure what smaller memory budgets cost, and keep it in the folder"),
+    "trace": ("mlxmoe.trace", "record which experts a model chooses"),
+    "explain": ("mlxmoe.explain", "show where a token's time goes and which cache policy serves the model"),
     "doctor": ("mlxmoe.doctor", "check the Metal kernels on this GPU and write a report for an issue"),
     "bench": ("mlxmoe.bench.cli", "measure tok/s, time to first token, memory and bytes per token"),
     "bench-kernels": (
         "mlxmoe.bench.kernels",
         "check the Metal kernels on the shapes of real models (also: bench kernels)",
+    ),
+    "bench-memory": (
+        "mlxmoe.bench.memory",
+        "check that streamed experts are exact, under the ceiling and worth it (also: bench memory)",
+    ),
+    "bench-reads": ("mlxmoe.bench.reads", "measure how fast experts arrive from a disk (also: bench reads)"),
+    "bench-chapter": (
+        "mlxmoe.bench.chapter",
+        "measure rotations, replicas and quantizer parameters at equal bytes (also: bench chapter)",
     ),
     "bench-launches": (
         "mlxmoe.bench.launches",

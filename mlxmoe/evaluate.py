@@ -23,11 +23,12 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from mlxmoe.arguments import add_model_arguments, note, print_json
+from mlxmoe.arguments import note, print_json
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.errors import UserError
-from mlxmoe.loading import RuntimeConfig, open_model
-from mlxmoe.units import format_size, parse_size
+from mlxmoe.loading import open_model
+from mlxmoe.runtime import RuntimeConfig, add_runtime_arguments, runtime_config
+from mlxmoe.units import format_size
 
 LogitsFn = Callable[[mx.array], mx.array]  # tokens [B, T] -> logits [B, T, V]; every mlx-lm model is one
 
@@ -351,9 +352,22 @@ def evaluate(
     return result
 
 
+def remembered(model: LogitsFn) -> LogitsFn:
+    """The reference's logits, computed once per batch of tokens: every row of the table asks for the same ones."""
+    seen: dict[bytes, np.ndarray] = {}
+
+    def logits(tokens: mx.array) -> mx.array:
+        key = np.array(tokens).tobytes()
+        if key not in seen:
+            seen[key] = np.array(model(tokens).astype(mx.float32))
+        return mx.array(seen[key])
+
+    return logits
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config = EvalConfig()
-    add_model_arguments(parser)
+    add_runtime_arguments(parser)
     parser.add_argument("--reference", metavar="REF", help="the model to compare with, such as the original")
     parser.add_argument(
         "--text", nargs="+", required=True, metavar="F", help='text to score: .jsonl with the key "text", or plain text'
@@ -373,8 +387,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     texts = [read_text(path) for path in args.text]  # before any model is loaded: a typo must not cost minutes
-    memory = parse_size(args.memory) if args.memory else None
-    loaded = open_model(args.model, RuntimeConfig(memory, args.context))
+    loaded = open_model(args.model, runtime_config(args))
     for line in loaded.report.lines():
         note(line)
     if args.window > loaded.report.context:

@@ -9,15 +9,29 @@ Shapes: T tokens, A active experts per token, E experts, D model dim, F expert d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchMLP
 
 from mlxmoe.formats import MatrixShape
-from mlxmoe.kernels import ExpertBanks, MetalKernels, ReferenceKernels, expert_outputs, weighted_outputs
+from mlxmoe.kernels import (
+    DECODE,
+    PHASES,
+    PREFILL,
+    ExpertBanks,
+    MetalKernels,
+    QuantizedBank,
+    ReferenceKernels,
+    activation_of,
+    expert_outputs,
+    weighted_outputs,
+)
 
 SORT_FROM = 64  # (token, expert) pairs from which it pays to touch the experts in order (as mlx-lm does)
 
@@ -51,52 +65,91 @@ class PlaneLinear(nn.Module):
         self.num_experts = num_experts
         if has_bias:
             self.bias = mx.zeros((num_experts, shape.rows))
-        self._buckets: list[Bucket] = []
-        self._rows: list[mx.array] = []
+        self._held = _Held([], [], False)
 
     def fill(self, buckets: Sequence[tuple[Sequence[int], Bucket]]) -> None:
-        """Sets what is resident: for each bucket the experts in it, in row order, and its arrays. Every expert once."""
-        assert sorted(e for experts, _ in buckets for e in experts) == list(range(self.num_experts))
-        self._buckets = [bucket for _, bucket in buckets]
-        self._rows = []
-        for experts, _ in buckets:
+        """Sets what is resident: for each bucket the experts in it, in row order, and its arrays. Every expert once, or
+        none at all."""
+        self._held.products = [_product(bucket, self.shape.group_size) for _, bucket in buckets]
+        self._held.nbytes = sum(bucket.nbytes for _, bucket in buckets)
+        self.place([experts for experts, _ in buckets])
+
+    def place(self, rows_of_buckets: Sequence[Sequence[int]]) -> None:
+        """The experts of each bucket in row order, where what is in the buckets was exchanged."""
+        found = sorted(e for experts in rows_of_buckets for e in experts)
+        assert found in ([], list(range(self.num_experts)))
+        self._held.in_order = len(rows_of_buckets) == 1 and list(rows_of_buckets[0]) == found
+        self._held.rows = []
+        for experts in rows_of_buckets:
             rows = [-1] * self.num_experts
             for row, expert in enumerate(experts):
                 rows[expert] = row
-            self._rows.append(mx.array(rows, mx.int32))
+            self._held.rows.append(mx.array(rows, mx.int32))
 
     @property
     def nbytes(self) -> int:
         """Resident bytes of the expert matrices, without the bias (which is an ordinary parameter)."""
-        return sum(bucket.nbytes for bucket in self._buckets)
+        return self._held.nbytes
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """x [..., 1, K] with the expert of each row in indices [...] -> [..., 1, N]."""
-        if len(self._buckets) == 1:
-            y = self._product(self._buckets[0], x, indices, sorted_indices)
+        held = self._held
+        if held.in_order:
+            y = held.products[0](x, indices, sorted_indices)
+        elif len(held.products) == 1:
+            y = held.products[0](x, held.rows[0][indices], False)
         else:
             # No bucket at all gives zeros: the shape of the result, for tracing a model whose experts are not read yet.
             y = mx.zeros((*indices.shape, 1, self.shape.rows), x.dtype)
-            for bucket, rows in zip(self._buckets, self._rows, strict=True):
+            for product, rows in zip(held.products, held.rows, strict=True):
                 row = rows[indices]
-                part = self._product(bucket, x, mx.maximum(row, 0), False)
+                part = product(x, mx.maximum(row, 0), False)
                 y = mx.where((row >= 0)[..., None, None], part, y)
         if "bias" in self:
             y = y + mx.expand_dims(self["bias"][indices], -2)
         return y
 
-    def _product(self, bucket: Bucket, x: mx.array, rows: mx.array, sorted_indices: bool) -> mx.array:
-        return mx.gather_qmm(
-            x,
-            bucket.words,
-            bucket.scales,
-            bucket.biases,
-            rhs_indices=rows,
-            transpose=True,
-            group_size=self.shape.group_size,
-            bits=bucket.bits,
-            sorted_indices=sorted_indices,
-        )
+
+_Product = Callable[[mx.array, mx.array, bool], mx.array]
+
+
+@dataclass
+class _Held:
+    """What a PlaneLinear holds, in one plain object: a module's own lists and arrays are looked up through its dict, which
+    costs a decoded token more than the rest of building its graph. `in_order`: one bucket, its rows the experts' numbers."""
+
+    products: list[_Product]
+    rows: list[mx.array]
+    in_order: bool
+    nbytes: int = 0
+
+
+def _product(bucket: Bucket, group_size: int) -> _Product:
+    """(x, rows, sorted) -> the product with the rows of a bucket."""
+    bits, words, scales, biases = bucket
+    gather = partial(mx.gather_qmm, transpose=True, group_size=group_size, bits=bits)
+
+    def product(x: mx.array, rows: mx.array, sorted_indices: bool) -> mx.array:
+        return gather(x, words, scales, biases, rhs_indices=rows, sorted_indices=sorted_indices)
+
+    return product
+
+
+class Choices:
+    """What a layer's router chose, kept for whoever asks between two tokens; nothing is kept unless `watched`."""
+
+    def __init__(self) -> None:
+        self.watched = False
+        self._seen: list[mx.array] = []
+
+    def note(self, indices: mx.array) -> None:
+        if self.watched:
+            self._seen.append(indices)
+
+    def take(self) -> np.ndarray:
+        """The chosen experts since the last time, one entry per pair. Waits for those that are not computed yet."""
+        seen, self._seen = self._seen, []
+        return np.concatenate([np.array(indices).reshape(-1) for indices in seen] or [np.zeros(0, np.int64)])
 
 
 class ExpertLayer(nn.Module):
@@ -110,6 +163,7 @@ class ExpertLayer(nn.Module):
         self.activation = activation
         self.num_experts = num_experts
         self._names = tuple(projections)
+        self.choices = Choices()
         for name, module in projections.items():
             setattr(self, name, module)
 
@@ -133,6 +187,7 @@ class ExpertLayer(nn.Module):
         )
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        self.choices.note(indices)
         if indices.size < SORT_FROM:
             return self._experts(mx.expand_dims(x, (-2, -3)), indices, False).squeeze(-2)
         # Many pairs: in the order of the experts, so that each expert's weights are touched once in a run.
@@ -142,6 +197,10 @@ class ExpertLayer(nn.Module):
         pairs = mx.expand_dims(x.reshape(-1, x.shape[-1])[order // active], -2)
         y = self._experts(pairs, flat[order], True).squeeze(-2)
         return y[mx.argsort(order)].reshape(*lead, active, -1)
+
+    def pairs(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x [P, D] with the expert of each row in experts [P] -> [P, D]."""
+        return self._experts(mx.expand_dims(x, -2), experts, False).squeeze(-2)
 
     def _experts(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         *first, last = self.projections
@@ -154,8 +213,29 @@ class ExpertLayer(nn.Module):
         return last(activated, indices, sorted_indices=sorted_indices)
 
 
+def stock_banks(layer: ExpertLayer, phases: Collection[str] = PHASES) -> ExpertBanks | None:
+    """The experts of a loaded checkpoint in a stock MLX format as the kernels read them, sharing their arrays: no memory.
+
+    Phases that are not in `phases` stay with `layer`. None where a kernel lacks the format or the activation, or the
+    projections are in several formats (gate and up must agree in bits, too).
+    """
+    activation = activation_of(layer.activation)
+    banks = [
+        QuantizedBank.from_linear(linear) if isinstance(linear, QuantizedSwitchLinear) else None
+        for linear in layer.projections
+    ]
+    first, *between, last = banks
+    if activation is None or first is None or last is None:
+        return None
+    up = between[0] if between else None
+    if (between and up is None) or first.mode != last.mode or (up is not None and up.format != first.format):
+        return None
+    builtins = (layer if phase not in phases else None for phase in (DECODE, PREFILL))
+    return ExpertBanks(first, up, last, activation, None, *builtins)
+
+
 class KernelExperts(nn.Module):
-    """The routed experts of one layer through the project's kernels, straight from their resident planes.
+    """The routed experts of one layer through the project's kernels, straight from their resident bits.
 
     Called like ExpertLayer. Rows do not depend on what else is in a call beyond the choice between the decode and the
     prefill kernels, which goes by the number of pairs.
@@ -164,6 +244,15 @@ class KernelExperts(nn.Module):
     def __init__(self, banks: ExpertBanks, kernels: MetalKernels | ReferenceKernels):
         super().__init__()
         self._banks, self._kernels = banks, kernels
+        self.choices = Choices()
+
+    @property
+    def banks(self) -> ExpertBanks:
+        return self._banks
+
+    def fill(self, banks: ExpertBanks) -> None:
+        """Other banks, from now on. No graph may be about to read the old ones, which are freed."""
+        self._banks = banks
 
     @property
     def num_experts(self) -> int:
@@ -176,10 +265,13 @@ class KernelExperts(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x [..., D], indices [..., A] int -> [..., A, D]."""
+        self.choices.note(indices)
         flat = indices.reshape(-1, indices.shape[-1]).astype(mx.uint32)
         outputs = expert_outputs(self._kernels, self._banks, x.reshape(-1, x.shape[-1]), flat)
         return outputs.reshape(*indices.shape, x.shape[-1])
 
     def weighted(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        """x [T, D], experts and router weights [T, A] -> the weighted sum of the chosen experts' outputs [T, D]."""
-        return weighted_outputs(self._kernels, self._banks, x, experts, weights)
+        """x [..., D], experts and router weights [T, A] -> the weighted sum of the chosen experts' outputs [..., D]."""
+        self.choices.note(experts)
+        rows = x.reshape(-1, x.shape[-1])
+        return weighted_outputs(self._kernels, self._banks, rows, experts, weights).reshape(x.shape)

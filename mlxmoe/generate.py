@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from mlxmoe.arguments import add_model_arguments, note, print_json
+from mlxmoe.arguments import note, print_json
 from mlxmoe.errors import UserError
+from mlxmoe.runtime import add_runtime_arguments
 from mlxmoe.session import (
     Engine,
     PromptProgress,
@@ -31,7 +32,7 @@ JSON_STATS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_runtime_arguments(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from stdin")
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt as it stands, without the chat template"
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     if stats.finish_reason == "context":
         note(f"the context of {engine.report.context} tokens is full: the answer ends here")
     note(stats.line())
+    if engine.experts is not None:
+        note(engine.experts.line())
     if args.json:
         numbers = dataclasses.asdict(stats)
         print_json(
@@ -63,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
                 "text": printable(engine.text),
                 **{name: numbers[name] for name in JSON_STATS},
                 "load": engine.report.as_json(),
+                "experts": engine.experts.as_json() if engine.experts is not None else None,
             }
         )
     return 0

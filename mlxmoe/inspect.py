@@ -16,6 +16,7 @@ from mlxmoe.loading import (
     machine_memory,
     prepare,
     smallest_memory,
+    smallest_streaming,
 )
 from mlxmoe.models import max_context, num_experts_per_token
 from mlxmoe.plan import Plan
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def describe(prepared: Prepared, memory: int) -> dict[str, Any]:
     """Everything that is printed, as plain data. Bytes are bytes of memory unless the key says file."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    least = smallest_memory(prepared)
+    least, resident = smallest_streaming(prepared), smallest_memory(prepared)
     result: dict[str, Any] = {
         "source": checkpoint.name,
         "architecture": checkpoint.config["model_type"],
@@ -59,10 +60,11 @@ def describe(prepared: Prepared, memory: int) -> dict[str, Any]:
         "memory": memory,
         "fits": least <= memory,
         "least_memory": least,
+        "least_resident": resident,
     }
     if plan is None:
         return result | {"bytes_experts": prepared.nbytes_experts} | _unconverted(prepared)
-    return result | _converted(plan) | {"budgets": _budgets(prepared, least)}
+    return result | _converted(plan) | {"budgets": _budgets(prepared, resident)}
 
 
 def _unconverted(prepared: Prepared) -> dict[str, Any]:
@@ -100,7 +102,8 @@ def _converted(plan: Plan) -> dict[str, Any]:
 
 def _budgets(prepared: Prepared, least: int) -> list[dict[str, Any]]:
     """The elastic curve of this file: mode and expected loss from the smallest memory to everything resident."""
-    full = full_memory(prepared)
+    plan, full = prepared.plan, full_memory(prepared)
+    assert plan is not None
     rows = []
     for i in range(_STEPS + 1):
         memory = least + (full - least) * i // _STEPS
@@ -110,6 +113,7 @@ def _budgets(prepared: Prepared, least: int) -> list[dict[str, Any]]:
                 "memory": memory,
                 "mode": "elastic" if residency.reduced else "resident",
                 "expected_loss": residency.expected_loss,
+                "expected_kld": plan.forecast.kld(residency.expected_loss) if plan.forecast else None,
                 "levels": {str(level): count for level, count in residency.histogram().items()},
             }
         )
@@ -126,10 +130,13 @@ def report_lines(result: dict[str, Any], layers: bool) -> list[str]:
     if result["kind"] == "converted":
         lines += _converted_lines(result, layers)
     else:
-        lines.append(f"experts {format_size(result['bytes_experts'])} in memory, all resident")
+        lines.append(f"experts {format_size(result['bytes_experts'])} in memory")
     lines.append(
         f"besides the experts: other weights {format_size(result['bytes_trunk'])}, {result['context']} tokens of context "
         f"{format_size(result['bytes_kv'])}, buffers {format_size(result['bytes_buffers'])}"
+    )
+    lines.append(
+        f"all experts resident from {format_size(result['least_resident'])} on; below that they are read as needed"
     )
     verdict = "fits in" if result["fits"] else "does not fit in"
     lines.append(f"needs at least {format_size(result['least_memory'])}: {verdict} {format_size(result['memory'])}")
@@ -142,11 +149,12 @@ def _converted_lines(result: dict[str, Any], layers: bool) -> list[str]:
         f"{result['bpw']:.3f} bits per weight, expected loss {result['expected_loss']:.3g}",
         "expert matrices written: " + _shares(result["expert_levels"]),
         "other tensors: " + ", ".join(f"{n} {name}" for name, n in result["other_tensors"].items()),
-        f"{'memory':>10}  {'mode':<9} {'expected loss':<14} expert matrices resident",
+        f"{'memory':>10}  {'mode':<9} {'expected loss':<14} {'KLD':<9} expert matrices resident",
     ]
     for row in result["budgets"]:
-        loss = f"{row['expected_loss']:.3g}"
-        lines.append(f"{format_size(row['memory']):>10}  {row['mode']:<9} {loss:<14} {_shares(row['levels'])}")
+        loss, kld = f"{row['expected_loss']:.3g}", "" if row["expected_kld"] is None else f"{row['expected_kld']:.3g}"
+        levels = _shares(row["levels"])
+        lines.append(f"{format_size(row['memory']):>10}  {row['mode']:<9} {loss:<14} {kld:<9} {levels}")
     if layers:
         for layer in result["layers"]:
             text = "; ".join(f"{name} {_shares(levels)}" for name, levels in layer["levels"].items())

@@ -9,7 +9,9 @@ and reads no weights (store.py does).
 from __future__ import annotations
 
 import json
+import math
 import os
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +70,25 @@ class FileEntry(NamedTuple):
     sha256: str
 
 
+class Forecast(NamedTuple):
+    """Measured fidelity of the file at several budgets: (expected loss, mean KLD to the source in nats), ascending, and
+    what it was measured on."""
+
+    points: tuple[tuple[float, float], ...]
+    measured_on: dict[str, Any]  # names of the texts, tokens
+
+    def kld(self, expected_loss: float) -> float:
+        """The KLD at an expected loss: between two points along a power law, in proportion beyond the last ones."""
+        losses, klds = zip(*self.points, strict=True)
+        place = bisect_left(losses, expected_loss)
+        if place in (0, len(losses)):
+            end = min(place, len(losses) - 1)
+            return klds[end] * expected_loss / losses[end]
+        low, high = place - 1, place
+        share = math.log(expected_loss / losses[low]) / math.log(losses[high] / losses[low])
+        return math.exp((1 - share) * math.log(klds[low]) + share * math.log(klds[high]))
+
+
 @dataclass(frozen=True)
 class Plan:
     """See the file's heading. `expected_loss` sums weight * error over all matrices, in the scale of the weights."""
@@ -81,6 +102,7 @@ class Plan:
     expected_loss: float
     seed: int = 0
     files: dict[str, FileEntry] = field(default_factory=dict)
+    forecast: Forecast | None = None
 
     def with_files(self, files: dict[str, FileEntry]) -> Plan:
         return replace(self, files=dict(sorted(files.items())))
@@ -112,6 +134,8 @@ class Plan:
             "source": self.source,
             "settings": self.settings,
         }
+        if self.forecast is not None:
+            head["forecast"] = _shorten(self.forecast)
         lines = [f"{json.dumps(key)}:{_compact(value)}" for key, value in head.items()]
         lines.append(_block("files", [f"{json.dumps(k)}:{_compact(v)}" for k, v in self.files.items()], "{}"))
         trunk = [f"{json.dumps(k)}:{_compact(_shorten(v))}" for k, v in self.trunk.items()]
@@ -153,6 +177,7 @@ class Plan:
                 expected_loss=data["expected_loss"],
                 seed=data["seed"],
                 files={path: FileEntry(*entry) for path, entry in data["files"].items()},
+                forecast=_load_forecast(data.get("forecast")),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"{name} is damaged: {type(error).__name__} {error}", "convert the model again") from None
@@ -209,6 +234,16 @@ def _load_layer(data: dict[str, Any]) -> LayerPlan:
     layer = LayerPlan(data["layer"], data["path"], data["kind"], data["file"], projections, weights, experts)
     _check_layer(layer)
     return layer
+
+
+def _load_forecast(data: list[Any] | None) -> Forecast | None:
+    if data is None:
+        return None
+    forecast = Forecast(tuple((float(loss), float(kld)) for loss, kld in data[0]), dict(data[1]))
+    losses = [loss for loss, _ in forecast.points]
+    if not losses or losses != sorted(set(losses)) or min(map(min, forecast.points)) <= 0:
+        raise ValueError("the forecast is not in ascending order")
+    return forecast
 
 
 def _check_layer(layer: LayerPlan) -> None:

@@ -7,11 +7,12 @@ keeps, which is not what the file takes: merged codes plus a scale and a bias pe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mlxmoe.budget import Option, allocate, smallest_nbytes
 from mlxmoe.formats import LEVELS, MatrixShape
-from mlxmoe.plan import LayerPlan, Plan
+from mlxmoe.plan import ExpertEntry, LayerPlan, Plan
 
 # levels[i][e][p]: bits of projection p of expert e in the i-th layer of the plan
 Levels = list[list[tuple[int, ...]]]
@@ -63,6 +64,52 @@ def solve_residency(plan: Plan, budget: int | None, group_nbytes: int, widen: bo
     trunk_loss = sum(entry.weight * entry.error for entry in plan.trunk.values())
     loss = trunk_loss + sum(option.loss for option in chosen)
     return Residency(levels, widths, nbytes, loss, chosen != written)
+
+
+class Swap(NamedTuple):
+    """Two experts of a layer that exchange the levels of one projection: no byte more, and less loss."""
+
+    projection: int
+    promoted: int
+    demoted: int
+
+
+def choose_swaps(layer: LayerPlan, levels: Sequence[tuple[int, ...]], uses: Sequence[int], most: int) -> list[Swap]:
+    """At most `most` exchanges that lower the expected loss, the best first; an expert takes part in one per projection.
+
+    The plan's weight of an expert is scaled by how often it was chosen of late against the mean: (uses + mean) /
+    (2 * mean), so that half of the weight stays the plan's. uses[e]: choices since the last time.
+    """
+    mean = sum(uses) / len(uses)
+    if not mean:
+        return []
+    found: list[tuple[float, Swap]] = []
+    for p in range(len(layer.projections)):
+        weights = [w * (n + mean) / (2 * mean) for w, n in zip(layer.weights[p], uses, strict=True)]
+        found += [
+            (gain, Swap(p, low, high))
+            for low, entry in enumerate(layer.experts)
+            for high, other in enumerate(layer.experts)
+            if levels[low][p] < levels[high][p] <= entry.levels[p]
+            and (gain := _exchange(entry, other, p, levels[low][p], levels[high][p], weights[low], weights[high])) > 0
+        ]
+    chosen: list[Swap] = []
+    busy: set[tuple[int, int]] = set()
+    for _, swap in sorted(found, key=lambda item: (-item[0], item[1])):
+        pair = {(swap.projection, swap.promoted), (swap.projection, swap.demoted)}
+        if len(chosen) < most and not pair & busy:
+            chosen.append(swap)
+            busy |= pair
+    return chosen
+
+
+def _exchange(
+    promoted: ExpertEntry, demoted: ExpertEntry, p: int, low: int, high: int, weight: float, other: float
+) -> float:
+    """The expected loss that an exchange of levels saves."""
+    first, second = LEVELS.index(low), LEVELS.index(high)
+    saved = weight * (promoted.errors[p][first] - promoted.errors[p][second])
+    return saved - other * (demoted.errors[p][first] - demoted.errors[p][second])
 
 
 def smallest_residency(plan: Plan, group_nbytes: int) -> int:

@@ -29,8 +29,10 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlxmoe.arguments import note
 from mlxmoe.errors import UserError
 from mlxmoe.files import write_atomically
-from mlxmoe.loading import Loaded, RuntimeConfig, open_model
-from mlxmoe.units import format_size, parse_size
+from mlxmoe.loading import Loaded, open_model
+from mlxmoe.runtime import runtime_config
+from mlxmoe.units import format_size
+from mlxmoe.upkeep import Upkeep
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Progress = Callable[[int, int], None]  # prompt tokens read so far, prompt tokens to read
@@ -161,7 +163,8 @@ class Engine:
 
     def __init__(self, loaded: Loaded, sampling: Sampling = Sampling(), max_tokens: int | None = None):
         """`max_tokens` limits one answer (None: the context does). A seed in `sampling` sets MLX's random state."""
-        self.model, self.tokenizer, self.report = loaded
+        self.model, self.tokenizer, self.report, self.experts, _ = loaded
+        self._upkeep = Upkeep(loaded)
         self.sampling, self.max_tokens = sampling, max_tokens
         self.text = ""
         self.stats: Stats | None = None
@@ -242,6 +245,7 @@ class Engine:
                 yield printable(response.text)
                 if self._stopping:
                     break
+                self._upkeep()
         except (_Stopped, GeneratorExit):
             pass
         finally:
@@ -444,8 +448,7 @@ def chosen_sampling(args: argparse.Namespace, model: Sampling) -> Sampling:
 def open_engine(args: argparse.Namespace) -> Engine:
     """Loads the model of the arguments and says on stderr what was loaded."""
     check_generation_arguments(args)
-    memory = parse_size(args.memory) if args.memory is not None else None
-    loaded = open_model(args.model, RuntimeConfig(memory, args.context))
+    loaded = open_model(args.model, runtime_config(args))
     for line in loaded.report.lines():
         note(line)
     sampling = chosen_sampling(args, model_sampling(loaded.report.folder))

@@ -1,4 +1,8 @@
-"""Expert records on disk: written and read in one place, with no policy of what to read when.
+"""Expert records on disk: where the bytes of an expert lie and how they are read, with no policy of what to read when.
+
+Any place that experts come from is an ExpertSource: it names the bytes of an expert as spans, each one positional read,
+and reader.py carries the reads out. Here are spans, the read itself with its checks, and the source of a converted folder;
+stock checkpoints are stacked.py's, repacked ones repack.py's.
 
 `experts-*.safetensors` are valid safetensors whose data starts on a 4 KiB boundary (the header is padded with spaces, as
 the format allows) and whose tensors are uint8 records, each a multiple of 4 KiB, so that a record is one aligned read.
@@ -11,10 +15,13 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -88,6 +95,183 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+class StoreFile:
+    """A file of a store, open for reading from any thread. Renaming or deleting the path does not matter to it.
+
+    Remembers which checksums were verified; a change in place makes it forget. Raises UserError when it cannot be opened.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(
+                f"cannot open {path}: {error.strerror}", "the folder is incomplete: copy it again"
+            ) from None
+        self.opened = self._stamp = self.stamp()
+        self._verified: set[int] = set()
+        self._lock = threading.Lock()
+
+    def stamp(self) -> tuple[int, int]:
+        """Bytes and time of modification: what tells that the file was changed in place."""
+        facts = os.fstat(self.descriptor)
+        return facts.st_size, facts.st_mtime_ns
+
+    def verified(self, stamp: tuple[int, int]) -> set[int]:
+        """The offsets whose checksums were found right since the file has this stamp; the caller adds to it."""
+        if stamp != self._stamp:
+            with self._lock:
+                self._stamp, self._verified = stamp, set()
+        return self._verified
+
+    def close(self) -> None:
+        """Nothing may read from it any more: the system gives its descriptor to the next file that is opened."""
+        os.close(self.descriptor)
+
+
+class Part(NamedTuple):
+    """The next bytes of a span: which projection of the expert, and what of it.
+
+    `field` is "plane0" to "plane4" or "scales" in a converted folder, "weight", "scales" or "biases" in a stock or
+    repacked checkpoint, "padding" (of projection -1) between records.
+    """
+
+    projection: int
+    field: str
+    nbytes: int
+
+
+class Check(NamedTuple):
+    """CRC-32 of the bytes from `start` up to `stop`, counted from the span's begin."""
+
+    start: int
+    stop: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive bytes of a file that one read brings: parts one after the other, without gaps."""
+
+    file: StoreFile
+    offset: int
+    parts: tuple[Part, ...]
+    checks: tuple[Check, ...]
+    label: str  # for people: "layer 3, expert 17"
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def fault(self, what: str, hint: str = "the file is damaged: copy or convert it again") -> UserError:
+        return UserError(f"{self.file.path}: {self.label} {what}", hint)
+
+
+class SourceLayer(NamedTuple):
+    """The routed experts of one layer: its number, its module's path in the model, and how many there are."""
+
+    layer: int
+    path: str
+    num_experts: int
+
+
+class ExpertSource(Protocol):
+    """Where experts come from. Naming spans reads nothing and may be done from any thread."""
+
+    @property
+    def layers(self) -> tuple[SourceLayer, ...]: ...
+
+    def spans(self, layer: int, expert: int, planes: range | None = None) -> tuple[Span, ...]:
+        """The fewest reads that bring an expert, in file order. `planes`: of a converted folder only these, such as
+        range(1, 3); other sources have one plane."""
+        ...
+
+    def close(self) -> None: ...
+
+
+WritableBytes = memoryview | bytearray | np.ndarray  # contiguous, of any item
+Preadv = Callable[[int, Sequence[Any], int], int]
+_IOV_MAX = os.sysconf("SC_IOV_MAX")
+
+
+def read_exactly(descriptor: int, buffers: Sequence[WritableBytes], offset: int, preadv: Preadv = os.preadv) -> int:
+    """Fills the buffers one after the other from `offset` of a file. Returns the bytes read: fewer than asked for only
+    where the file ends. Raises OSError."""
+    left, done = [view for view in map(as_bytes, buffers) if view.nbytes], 0
+    while left:
+        got = preadv(descriptor, left[:_IOV_MAX], offset + done)
+        if got == 0:
+            break
+        done += got
+        while left and got >= left[0].nbytes:
+            got -= left.pop(0).nbytes
+        if got:
+            left[0] = left[0][got:]
+    return done
+
+
+def as_bytes(buffer: WritableBytes) -> memoryview:
+    """The buffer's memory, byte by byte."""
+    return memoryview(cast(Any, buffer)).cast("B")
+
+
+def read_span(
+    span: Span, buffers: Sequence[WritableBytes], preadv: Preadv = os.preadv, descriptor: int | None = None
+) -> None:
+    """Reads a span into buffers that together have its size; blocks until it is there. Verifies nothing.
+
+    `descriptor`: another one of the same file. Raises UserError where the file ends early and, with the system's reason,
+    where it cannot be read.
+    """
+    descriptor, nbytes = span.file.descriptor if descriptor is None else descriptor, span.nbytes
+    try:
+        # Nearly always one call brings all; where it does not, another way starts anew.
+        done = preadv(descriptor, buffers, span.offset) if len(buffers) <= _IOV_MAX else 0
+        if done != nbytes:
+            views = list(map(as_bytes, buffers))
+            assert sum(view.nbytes for view in views) == nbytes, f"buffers for {nbytes} bytes of {span.label}"
+            done = read_exactly(descriptor, views, span.offset, preadv)
+    except OSError as error:
+        raise unreadable(span, error) from error
+    if done < nbytes:
+        raise span.fault("ends early")
+
+
+def unreadable(span: Span, error: OSError) -> UserError:
+    """What to say when the system refuses a read."""
+    return span.fault(f"cannot be read: {error.strerror}", "check the disk, then copy or convert the file again")
+
+
+def verify(span: Span, buffers: Sequence[WritableBytes]) -> None:
+    """Compares what `read_span` just brought with the span's checksums: each once, again after a change of the file.
+
+    Raises UserError for a wrong checksum, and for a file without checksums that was changed since it was opened.
+    """
+    stamp = span.file.stamp()
+    if not span.checks and stamp != span.file.opened:
+        raise span.fault(
+            "was changed while it was in use", "leave the files of a running model as they are; start again"
+        )
+    verified = span.file.verified(stamp)
+    for check in span.checks:
+        if span.offset + check.start in verified:
+            continue
+        if _crc32(list(map(as_bytes, buffers)), check) != check.crc32:
+            raise span.fault("has a wrong checksum")
+        verified.add(span.offset + check.start)
+
+
+def _crc32(buffers: Sequence[memoryview], check: Check) -> int:
+    crc, at = 0, 0
+    for buffer in buffers:
+        start, stop = max(check.start - at, 0), min(check.stop - at, buffer.nbytes)
+        if start < stop:
+            crc = zlib.crc32(buffer[start:stop], crc)
+        at += buffer.nbytes
+    return crc
+
+
 def record_name(layer: int, expert: int, plane: int) -> str:
     return f"L{layer}.E{expert}.P{plane}"
 
@@ -140,51 +324,72 @@ def layer_file_nbytes(layer: LayerPlan) -> int:
 class ExpertStore:
     """The records of a converted folder, opened and checked: every record of the plan is there with its size.
 
-    Reads are positional and may come from any thread. Raises UserError for a file that is missing, truncated, does not
-    fit the plan, or whose record has the wrong checksum.
+    An ExpertSource; the planes of an expert lie side by side, so any run of them is one span. Raises UserError for a file
+    that is missing, truncated or does not fit the plan.
     """
 
     def __init__(self, folder: Path, layers: tuple[LayerPlan, ...]):
-        self._files: dict[str, int] = {}
-        self._records: dict[tuple[int, int, int], tuple[str, int, int]] = {}
-        self._folder = folder
-        self._entries = {(layer.layer, e): entry for layer in layers for e, entry in enumerate(layer.experts)}
-        for layer in layers:
-            tensors = read_header(folder / layer.file)
-            for e, plane, name, nbytes in layer_records(layer):
-                info = tensors.get(name)
-                if info is None or info.nbytes != nbytes:
-                    found = f"{info.nbytes} bytes" if info else "nothing"
-                    raise UserError(
-                        f"{folder / layer.file} has {found} for {name}, the plan says {nbytes} bytes",
-                        "the folder was changed after conversion: convert or copy it again",
-                    )
-                self._records[layer.layer, e, plane] = (layer.file, info.offset, nbytes)
-            self._files[layer.file] = os.open(folder / layer.file, os.O_RDONLY)
+        self.layers = tuple(SourceLayer(layer.layer, layer.path, len(layer.experts)) for layer in layers)
+        self._plans = {layer.layer: layer for layer in layers}
+        self._files: dict[int, StoreFile] = {}
+        self._records: dict[tuple[int, int, int], TensorInfo] = {}
+        self._spans: dict[tuple[int, int, range | None], tuple[Span, ...]] = {}
+        try:
+            for layer in layers:
+                self._open(folder / layer.file, layer)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, layer: LayerPlan) -> None:
+        tensors = read_header(path)
+        for e, plane, name, nbytes in layer_records(layer):
+            info = tensors.get(name)
+            if info is None or info.nbytes != nbytes:
+                found = f"{info.nbytes} bytes" if info else "nothing"
+                raise UserError(
+                    f"{path} has {found} for {name}, the plan says {nbytes} bytes",
+                    "the folder was changed after conversion: convert or copy it again",
+                )
+            self._records[layer.layer, e, plane] = info
+        self._files[layer.layer] = StoreFile(path)
+
+    def spans(self, layer: int, expert: int, planes: range | None = None) -> tuple[Span, ...]:
+        key = layer, expert, planes
+        if key not in self._spans:
+            self._spans[key] = tuple(self._find_spans(layer, expert, planes))
+        return self._spans[key]
+
+    def _find_spans(self, layer: int, expert: int, planes: range | None) -> Iterator[Span]:
+        plan = self._plans[layer]
+        entry = plan.experts[expert]
+        wanted = [plane for plane in range(entry.num_planes) if planes is None or plane in planes]
+        label = f"layer {layer}, expert {expert}" + (f", plane {wanted[0]}" if len(wanted) == 1 else "")
+        span: Span | None = None
+        for plane in wanted:
+            record = self._records[layer, expert, plane]
+            if span is not None and span.offset + span.nbytes != record.offset:
+                yield span
+                span = None
+            span = span or Span(self._files[layer], record.offset, (), (), label)
+            start = span.nbytes
+            check = Check(start, start + record.nbytes, entry.crc32[plane])
+            parts = _span_parts(plan, entry, plane, record.nbytes)
+            span = replace(span, parts=span.parts + parts, checks=(*span.checks, check))
+        if span is not None:
+            yield span
 
     def read(self, layer: int, expert: int, plane: int) -> np.ndarray:
         """One record as uint8 [bytes], its checksum verified. Blocks until it is read."""
-        file, offset, nbytes = self._records[layer, expert, plane]
-        record = np.empty(nbytes, np.uint8)
-        view, done = record.data, 0
-        while done < nbytes:
-            got = os.preadv(self._files[file], [view[done:]], offset + done)
-            if got == 0:
-                raise self._damaged(file, layer, expert, plane, "ends early")
-            done += got
-        if zlib.crc32(view) != self._entries[layer, expert].crc32[plane]:
-            raise self._damaged(file, layer, expert, plane, "has a wrong checksum")
+        (span,) = self.spans(layer, expert, range(plane, plane + 1))
+        record = np.empty(span.nbytes, np.uint8)
+        read_span(span, [record.data])
+        verify(span, [record.data])
         return record
 
-    def _damaged(self, file: str, layer: int, expert: int, plane: int, what: str) -> UserError:
-        return UserError(
-            f"{self._folder / file}: the record of layer {layer}, expert {expert}, plane {plane} {what}",
-            "the file is damaged: copy or convert it again",
-        )
-
     def close(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+        for file in self._files.values():
+            file.close()
         self._files.clear()
 
     def __enter__(self) -> ExpertStore:
@@ -192,3 +397,13 @@ class ExpertStore:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _span_parts(layer: LayerPlan, entry: ExpertEntry, plane: int, nbytes: int) -> tuple[Part, ...]:
+    """The parts of one record of a converted folder with its padding."""
+    parts = [
+        Part(part.projection, f"plane{plane}" if part.field == "words" else part.field, part.nbytes)
+        for part in record_parts(layer, entry, plane)
+    ]
+    padding = nbytes - sum(part.nbytes for part in parts)
+    return (*parts, Part(-1, "padding", padding)) if padding else tuple(parts)

@@ -16,7 +16,7 @@ import pytest
 import mlxmoe
 from mlxmoe.cli import COMMANDS, build_parser, main
 from mlxmoe.errors import UserError
-from mlxmoe.session import RuntimeConfig
+from mlxmoe.runtime import RuntimeConfig
 
 Fake = Callable[[Callable[[argparse.Namespace], object]], None]
 
@@ -269,6 +269,9 @@ def no_such_folder(command: str, folder: Path) -> list[str]:
         "generate": ["--prompt", "hello"],
         "eval": ["--text", str(folder / "nothing.jsonl")],
         "convert": [str(folder / "out"), "--bpw", "3"],
+        "repack": [str(folder / "out")],
+        "bench-chapter": ["--text", str(folder / "nothing.jsonl"), "--calibration", str(folder / "nothing.jsonl")],
+        "forecast": ["--reference", "nothing", "--text", str(folder / "nothing.jsonl")],
     }
     return [command, str(folder / "nothing here"), *needed.get(command, [])]
 

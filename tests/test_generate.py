@@ -59,6 +59,7 @@ def test_json_is_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:
         "peak_memory",
         "finish_reason",
         "load",
+        "experts",
     ]
     assert (result["prompt_tokens"], result["generation_tokens"], result["finish_reason"]) == (22, 8, "stop")
     assert min(result[key] for key in ("prompt_tps", "decode_tps", "ttft_s", "peak_memory")) > 0

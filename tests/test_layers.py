@@ -16,30 +16,39 @@ LOADER = "loading"
 # Lowest first. The modules of one line do not know each other.
 PACKAGE_LAYERS = [
     ["errors"],
-    ["units", "arguments", "machine", "files"],
-    ["formats", "budget", "router"],
-    ["plan", "kernels"],
-    ["reference", "store", "residency"],
-    ["checkpoint", "models", "experts"],
-    ["banks", "blocks", "kernel_choice"],
+    ["units", "arguments", "machine", "files", "pressure"],
+    ["formats", "budget", "router", "policies", "prefetch"],
+    ["plan", "kernels", "cache"],
+    ["reference", "store", "residency", "work"],
+    ["checkpoint", "models", "experts", "reader"],
+    ["banks", "blocks", "kernel_choice", "stacked", "gates"],
+    ["repack", "shelves", "lookahead"],
+    ["arena"],
+    ["streaming", "runtime"],
+    ["expert_memory", "elastic"],
     [LOADER],
+    ["upkeep"],
     ["session", "evaluate", "inspect", "doctor"],
-    ["chat", "generate"],
+    ["chat", "generate", "forecast", "trace"],
+    ["replay"],
+    ["explain"],
     ["cli"],
 ]
 CONVERT_LAYERS = [
-    ["config", "quantize", "sensitivity"],
-    ["source"],
-    ["measure"],
-    ["allocate"],
-    ["write"],
+    ["calibrate", "selftext", "quantize", "sensitivity", "gptq"],
+    ["config", "rotate"],
+    ["source", "replicas"],
+    ["measure", "stream"],
+    ["stats", "allocate"],
+    ["calibrated", "write"],
+    ["passes"],
     ["job"],
     ["cli", "make_demo"],
 ]
 BENCH_LAYERS = [
     ["checkpoint", "decode", "timing", "kernels", "launches"],
-    ["baseline", "class_weights", "convert_memory"],
-    ["cli"],
+    ["baseline", "cache_attempts", "class_weights", "convert_memory", "simulate", "streaming_model", "reads"],
+    ["cli", "memory", "chapter"],
 ]
 HIGHEST_FOR_CONVERT = LOADER
 # What `mlxmoe.NAME` gives is imported when it is asked for, by the package itself

@@ -142,7 +142,7 @@ def test_logits_are_those_of_the_stored_weights(
     memory = least + int(share * most) if share < 1 else 1 << 30
     loaded = open_model(converted, RuntimeConfig(memory, 128))
     assert loaded.report.mode == ("resident" if share == 1 else "elastic")
-    buckets = [len(m._buckets) for _, m in loaded.model.named_modules() if isinstance(m, PlaneLinear)]
+    buckets = [len(m._held.products) for _, m in loaded.model.named_modules() if isinstance(m, PlaneLinear)]
     if widen and share == 1:
         assert set(buckets) == {1}
     if not widen and share == 0.5:
@@ -248,7 +248,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "bit of the trunk": (
         lambda f: flip_bit(f / "model.safetensors", -100),
-        "model.safetensors is not what was converted",
+        "model.safetensors is not what was written",
     ),
     "bit of the trunk's header": (
         lambda f: flip_bit(f / "model.safetensors", 9, 3),
@@ -268,10 +268,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit_plan(_drop_an_expert),
         "the plan does not fit the model: model.layers.0.mlp.switch_mlp has 8 experts",
     ),
-    "config changed": (lambda f: edit_config(f, rope_theta=5e5), "config.json is not what was converted"),
+    "config changed": (lambda f: edit_config(f, rope_theta=5e5), "config.json is not what was written"),
     "config of another model": (
         lambda f: edit_config(f, model_type="olmoe"),
-        "config.json is not what was converted|does not fit the model|do not belong together",
+        "config.json is not what was written|does not fit the model|do not belong together",
     ),
     "config missing": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing|no usable tokenizer"),

@@ -24,19 +24,20 @@ from toy_checkpoints import (
 )
 
 from mlxmoe.errors import UserError
+from mlxmoe.loading import full_memory, smallest_memory
 
 CONTEXT = 384
 
 # Loads, prefills a long prompt, decodes, and answers a second prompt; a fresh process, so that the peak is its own.
-_RUN = f"""
+_RUN = """
 import json, sys
 import mlx.core as mx
-from {RuntimeConfig.__module__} import RuntimeConfig, open_model
+from mlxmoe.loading import RuntimeConfig, open_model
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 source, memory, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 loaded = open_model(source, RuntimeConfig(memory, context))
-peaks = {{"load": mx.get_peak_memory()}}
+peaks = {"load": mx.get_peak_memory()}
 ids = [5 + i * 7 % 250 for i in range(context)]
 cache = make_prompt_cache(loaded.model)
 tokens = []
@@ -48,9 +49,9 @@ for name, prompt in (("first", ids[: context - 60]), ("second", ids[:20])):
         tokens.append(part.token)
     peaks[name] = mx.get_peak_memory()
 report = loaded.report
-print(json.dumps({{"peaks": peaks, "tokens": tokens, "mode": report.mode, "loss": report.expected_loss,
+print(json.dumps({"peaks": peaks, "tokens": tokens, "mode": report.mode, "loss": report.expected_loss,
                   "levels": report.levels, "bytes": report.nbytes,
-                  "held": mx.get_active_memory() + mx.get_cache_memory()}}))
+                  "held": mx.get_active_memory() + mx.get_cache_memory()}))
 """
 
 
@@ -61,6 +62,11 @@ def measure(source: Path, memory: int, context: int = CONTEXT) -> dict[str, Any]
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def elastic_memory(source: Path, context: int = CONTEXT) -> int:
+    """Enough for some refinements, not for all."""
+    return smallest_memory(prepare(source, RuntimeConfig(context=context))) * 11 // 10
 
 
 def least_memory(source: Path, context: int = CONTEXT) -> int:
@@ -98,26 +104,38 @@ def _limits() -> Any:
     mx.set_cache_limit(cache)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_peak_is_within_the_budget(converted: Path, share: float) -> None:
-    """Between the least that works and enough for everything."""
-    least = least_memory(converted)
-    everything = open_model(converted, RuntimeConfig(1 << 30, CONTEXT)).report
-    memory = least + int(share * (everything.nbytes_experts - everything.nbytes_experts // 5))
+@pytest.mark.parametrize(
+    ("mode", "share"), [("streaming", 0.0), ("streaming", 0.5), ("elastic", 0.0), ("elastic", 0.3), ("resident", 0.0)]
+)
+def test_peak_is_within_the_budget(converted: Path, mode: str, share: float) -> None:
+    """From the least that works to enough for everything, `share` of the way to the next mode's least."""
+    prepared = prepare(converted, RuntimeConfig(context=CONTEXT))
+    bounds = [least_memory(converted), smallest_memory(prepared), full_memory(prepared), 1 << 30]
+    place = ["streaming", "elastic", "resident"].index(mode)
+    memory = int(bounds[place] + share * (bounds[place + 1] - bounds[place]))
     first = measure(converted, memory)
     assert max(first["peaks"].values()) <= memory
     assert first["held"] <= memory
     assert first["bytes"] <= memory
-    assert first["mode"] == ("elastic" if share < 1 else "resident")
+    assert first["mode"] == mode
     assert len(first["tokens"]) > 20
 
 
-def test_unconverted_peak_is_within_the_budget(tmp_path: Path) -> None:
+def test_streaming_gives_the_resident_models_tokens(converted: Path) -> None:
+    memory = least_memory(converted)
+    assert measure(converted, memory)["tokens"] == measure(converted, 1 << 30)["tokens"]
+
+
+@pytest.mark.parametrize("mode", ["streaming", "resident"])
+def test_unconverted_peak_is_within_the_budget(tmp_path: Path, mode: str) -> None:
     """Stacking and casting the experts of a layer takes more than the reserve for so short a context."""
     dims = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 128, "num_hidden_layers": 1}
     source = write_qwen3(tmp_path / "source", **dims)
-    memory = least_memory(source, 100)
-    assert max(measure(source, memory, 100)["peaks"].values()) <= memory
+    prepared = prepare(source, RuntimeConfig(context=100))
+    memory = least_memory(source, 100) if mode == "streaming" else smallest_memory(prepared)
+    found = measure(source, memory, 100)
+    assert found["mode"] == mode
+    assert max(found["peaks"].values()) <= memory
 
 
 def test_architecture_with_latent_attention(tmp_path: Path) -> None:
@@ -130,7 +148,7 @@ def test_architecture_with_latent_attention(tmp_path: Path) -> None:
 
 def test_same_file_and_budget_give_the_same_logits(converted: Path) -> None:
     """Bit for bit, where experts are reduced."""
-    config = RuntimeConfig(least_memory(converted) * 5 // 4, CONTEXT)
+    config = RuntimeConfig(elastic_memory(converted), CONTEXT)
     ids = mx.array([[5 + i * 7 % 250 for i in range(90)]])
     first, second = open_model(converted, config), open_model(converted, config)
     assert first.report == second.report
@@ -162,7 +180,7 @@ def test_more_memory_never_costs_fidelity(converted: Path) -> None:
 
 
 def test_a_shorter_context_leaves_more_for_the_experts(converted: Path) -> None:
-    memory = least_memory(converted) * 11 // 10
+    memory = elastic_memory(converted)
     long, short = (open_model(converted, RuntimeConfig(memory, context)).report for context in (CONTEXT, 64))
     assert short.nbytes_kv < long.nbytes_kv
     assert short.nbytes_experts > long.nbytes_experts
@@ -170,7 +188,7 @@ def test_a_shorter_context_leaves_more_for_the_experts(converted: Path) -> None:
 
 
 def test_report_says_what_was_chosen(converted: Path) -> None:
-    memory = least_memory(converted) * 5 // 4
+    memory = elastic_memory(converted)
     report = open_model(converted, RuntimeConfig(memory, CONTEXT)).report
     first, second = report.lines()
     assert "elastic" in first
@@ -193,7 +211,7 @@ def test_report_says_what_was_chosen(converted: Path) -> None:
 @pytest.mark.parametrize("memory", [1 << 30, None], ids=["all in one width", "tight"])
 def test_counted_bytes_are_the_bytes_held(memory: int | None, converted: Path) -> None:
     """The report's weights against what MLX holds after loading."""
-    memory = memory or least_memory(converted) * 5 // 4
+    memory = memory or elastic_memory(converted)
     gc.collect()
     mx.clear_cache()  # MLX counts a reused buffer whole, even where it is larger than the array in it
     before = mx.get_active_memory()

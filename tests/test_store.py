@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -23,6 +24,8 @@ from mlxmoe.reference import unpack
 from mlxmoe.store import (
     PAGE,
     ExpertStore,
+    SourceLayer,
+    Span,
     encode_header,
     layer_file_nbytes,
     layer_header,
@@ -123,6 +126,89 @@ def test_record_holds_only_what_the_levels_need() -> None:
     assert parts[1] == [(1, "words", gate // 8), (2, "words", down // 8)]
     assert parts[2] == [(1, "words", gate // 8)]
     assert sum(PLANE_WIDTHS[:3]) == 4
+
+
+# Spans ----------------------------------------------------------------------------------------------------------------
+
+
+def content(span: Span) -> bytes:
+    data = span.file.path.read_bytes()[span.offset : span.offset + span.nbytes]
+    assert len(data) == span.nbytes == sum(part.nbytes for part in span.parts)
+    return data
+
+
+def test_an_expert_is_one_span(tmp_path: Path) -> None:
+    """All planes with the padding between them; each part where the records have it; a checksum per record."""
+    layer, matrices = make_layer(tmp_path, [(2, 4, 3), (8, 2, 6)])
+    with ExpertStore(tmp_path, (layer,)) as store:
+        assert store.layers == (SourceLayer(3, "model.layers.3.mlp", 2),)
+        for e, (expert, entry) in enumerate(zip(matrices, layer.experts, strict=True)):
+            (span,) = store.spans(3, e)
+            data = content(span)
+            assert data == b"".join(store.read(3, e, plane).tobytes() for plane in range(entry.num_planes))
+            assert [zlib.crc32(data[check.start : check.stop]) for check in span.checks] == list(entry.crc32)
+            assert span.label == f"layer 3, expert {e}"
+            at, found = 0, {}
+            for part in span.parts:
+                found[part.projection, part.field] = data[at : at + part.nbytes]
+                at += part.nbytes
+            for p, matrix in enumerate(expert):
+                assert found[p, "scales"] == bytes(np.array(matrix.scales))
+                for plane, words in enumerate(matrix.planes):
+                    assert found[p, f"plane{plane}"] == bytes(np.array(words))
+            fields = [(p, ["scales", *(f"plane{i}" for i in range(len(m.planes)))]) for p, m in enumerate(expert)]
+            assert found.keys() - {(-1, "padding")} == {(p, field) for p, names in fields for field in names}
+
+
+def test_some_planes_of_an_expert(tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, [(4, 4, 4), (2, 2, 2)])
+    with ExpertStore(tmp_path, (layer,)) as store:
+        (whole,), (base,), (rest,) = (store.spans(3, 0, planes) for planes in (None, range(1), range(1, 5)))
+        assert content(base) + content(rest) == content(whole)
+        assert base.offset + base.nbytes == rest.offset
+        assert base.label == "layer 3, expert 0, plane 0"
+        assert {part.field for part in rest.parts} == {"plane1", "plane2", "padding"}
+        assert store.spans(3, 1, range(1, 5)) == ()
+        assert store.spans(3, 0, range(1, 5)) is store.spans(3, 0, range(1, 5))
+
+
+def test_records_in_another_order_are_several_spans(tmp_path: Path) -> None:
+    """Whoever rewrites the file may put tensors where he likes: the header says where."""
+    layer, _ = make_layer(tmp_path, [(4, 2, 2), (3, 2, 2)])
+    records = load_file(tmp_path / layer.file)
+    names = ["L3.E0.P1", "L3.E0.P0", "L3.E1.P0", "L3.E1.P1", "L3.E0.P2"]
+    header = encode_header({name: ("U8", records[name].shape, records[name].nbytes) for name in names})
+    (tmp_path / layer.file).write_bytes(header + b"".join(records[name].tobytes() for name in names))
+    with ExpertStore(tmp_path, (layer,)) as store:
+        spans = store.spans(3, 0)
+        assert [content(span) for span in spans] == [records[f"L3.E0.P{i}"].tobytes() for i in range(3)]
+        assert len(store.spans(3, 1)) == 1
+        assert np.array_equal(store.read(3, 0, 2), records["L3.E0.P2"])
+
+
+def test_a_store_that_cannot_be_opened_leaves_nothing_open(tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, [(4, 2, 2)])
+    before = len(os.listdir("/dev/fd"))
+    with pytest.raises(UserError, match="is missing"):
+        ExpertStore(tmp_path, (layer, layer._replace(layer=4, file="other.safetensors")))
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_a_record_is_verified_again_after_a_change(tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, [(4, 2, 2)])
+    path = tmp_path / layer.file
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    offset = read_header(path)["L3.E0.P0"].offset
+    with ExpertStore(tmp_path, (layer,)) as store:
+        store.read(3, 0, 0)
+        with open(path, "r+b") as file:
+            file.seek(offset)
+            file.write(b"another model")
+        with pytest.raises(UserError, match="wrong checksum"):
+            store.read(3, 0, 0)
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
 
 
 def damage(path: Path, offset: int, data: bytes) -> None:

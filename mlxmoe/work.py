@@ -1,0 +1,158 @@
+"""Long work that leaves a folder: OUT.partial while it lasts, OUT in one rename when it is complete.
+
+    OUT.partial/state/   job.json (what the work is, to be resumed only as the same), <file>.json per finished file
+    OUT.partial/         the files themselves, each whole under its final name, the one that lists them last
+
+A run that is killed at any point leaves OUT.partial; a later one goes on from the files that are finished.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlxmoe.errors import UserError
+from mlxmoe.plan import FileEntry
+from mlxmoe.units import format_size
+
+
+class HashingWriter:
+    """A file that knows its length and SHA-256."""
+
+    def __init__(self, file: io.BufferedWriter):
+        self._file, self._hash, self.nbytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.nbytes += len(data)
+
+    @property
+    def entry(self) -> FileEntry:
+        return FileEntry(self.nbytes, self._hash.hexdigest())
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[HashingWriter]:
+    """A file that gets its name only when it is complete and on the disk; on any error nothing of it is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            writer = HashingWriter(file)
+            yield writer
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> FileEntry:
+    """A file of `data`, by the rules of `whole_file`."""
+    with whole_file(path) as file:
+        file.write(data)
+    return file.entry
+
+
+class WorkFolder:
+    """OUT.partial of one kind of work, whose noun stands in every message; `last` is the file that makes it complete.
+
+    Creates nothing before `locked`.
+    """
+
+    def __init__(self, output: Path, noun: str, last: str):
+        output = output if output.name else output.resolve()  # "." has no name
+        self.output, self.noun, self._last = output, noun, last
+        self.folder = output.with_name(output.name + ".partial")
+        self._state = self.folder / "state"
+
+    def check(self, resume: bool) -> None:
+        """Raises UserError when OUT exists, when it cannot be made, or when work is (not) left over against `resume`."""
+        if self.output.exists():
+            raise UserError(f"{self.output} exists already", "choose another folder, or delete it first")
+        if not self.output.parent.is_dir():
+            raise UserError(f"there is no folder {self.output.parent} for the {self.noun}", "create it first")
+        if resume and not self._state.is_dir() and not self.complete:
+            raise UserError(f"there is no unfinished {self.noun} {self.folder} to resume", "leave out --resume")
+        if self.folder.exists() and not resume:
+            raise UserError(
+                f"{self.folder} holds an unfinished {self.noun}", "go on with --resume, or delete that folder first"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process per work folder, which is created; the lock goes with the process, however it ends.
+
+        Raises UserError when another process has it, and for a disk that is full in the body.
+        """
+        self._state.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._state, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise UserError(f"another process works on {self.folder}", "wait for it to finish") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"the disk is full: {self.folder} has {format_size(self.nbytes)} so far and more to come",
+                "make room and run the same command with --resume, or delete that folder",
+            ) from None
+        finally:
+            os.close(descriptor)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all files are there, and only `publish` is missing."""
+        return (self.folder / self._last).is_file()
+
+    def job(self) -> dict[str, Any] | None:
+        """What the work that was found here is; None where nothing was claimed yet."""
+        path = self._state / "job.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def claim(self, job: dict[str, Any]) -> None:
+        write_whole(self._state / "job.json", json.dumps(job).encode())
+
+    def done(self, name: str) -> dict[str, Any] | None:
+        """What was noted of a file that is finished."""
+        path = self._state / f"{name}.json"
+        return json.loads(path.read_text()) if path.is_file() and (self.folder / name).is_file() else None
+
+    def mark_done(self, name: str, note: dict[str, Any]) -> None:
+        write_whole(self._state / f"{name}.json", json.dumps(note).encode())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is there."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+    def check_space(self, nbytes: int) -> None:
+        """Raises UserError when the disk has no room for what is missing of a folder of `nbytes`."""
+        missing = nbytes - sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if free < missing:
+            raise UserError(
+                f"{self.output.parent} has {format_size(free)} free, the result needs {format_size(missing)} more",
+                "make room and run the same command with --resume",
+            )
+
+    def publish(self) -> None:
+        """One rename: a reader sees the whole folder or none."""
+        shutil.rmtree(self._state)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+        os.rename(self.folder, self.output)
+        descriptor = os.open(self.output.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
