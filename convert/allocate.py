@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmoe.budget import Option, allocate, smallest_nbytes
-from mlxmoe.convert.config import DEFAULT_RULES, LOWEST_TRUNK_BITS, ConvertConfig, Rule
+from mlxmoe.convert.config import DEFAULT_RULES, LOWEST_CALIBRATED_BITS, LOWEST_TRUNK_BITS, ConvertConfig, Rule
 from mlxmoe.convert.measure import ExpertErrors, TrunkErrors, TrunkFormat, candidate_formats
 from mlxmoe.convert.sensitivity import CLASS_WEIGHTS, expert_weights, trunk_weight
 from mlxmoe.convert.source import Source, TrunkTensor
@@ -131,14 +131,19 @@ class Allocator:
         ]
 
     def _weigh_experts(self) -> list[list[list[float]]]:
-        sites = self._source.sites
-        return [
-            [expert_weights(list(norms), len(sites), len(self._source.shapes[site.path])) for norms in
-             self._experts[site.layer].norms]
-            for site in sites
-        ]  # fmt: skip
+        sites, result = self._source.sites, []
+        for site in sites:
+            measured = self._experts[site.layer]
+            if measured.weights is not None:
+                result.append([list(map(float, row)) for row in measured.weights])
+                continue
+            count = len(self._source.shapes[site.path])
+            result.append([expert_weights(list(norms), len(sites), count) for norms in measured.norms])
+        return result
 
     def _weigh_trunk(self) -> list[float]:
+        if self._trunk_errors.weights is not None:
+            return list(map(float, self._trunk_errors.weights))
         counts = Counter(tensor.tensor_class for tensor in self._quantizable)
         num_layers = 1 + max(site.layer for site in self._source.sites)
         weights = [trunk_weight(str(t.tensor_class), counts[t.tensor_class], num_layers) for t in self._quantizable]
@@ -195,8 +200,10 @@ class Allocator:
     def decide(self) -> Decision:
         """The plan for the configured size, which `check_size` accepts."""
         target = self._config.nbytes(self._source.num_parameters)
-        notes = []
-        decision = self._fit(target, {**DEFAULT_RULES, **self._config.rules})
+        notes: list[str] = []
+        # Errors that were measured on one scale need no rule per class.
+        rules = self._lowered() if self._config.calibration else {**DEFAULT_RULES, **self._config.rules}
+        decision = self._fit(target, rules)
         if decision is None:
             notes.append(
                 f"{format_size(target)} is below what 6 to 8 bit outside the experts needs: "
@@ -214,7 +221,8 @@ class Allocator:
 
     def _lowered(self) -> dict[str, Rule]:
         """The rules where the defaults do not fit: classes that the user did not pin go down to the lowest width."""
-        default = {name: (LOWEST_TRUNK_BITS, high) for name, (_, high) in DEFAULT_RULES.items()}
+        lowest = LOWEST_CALIBRATED_BITS if self._config.calibration else LOWEST_TRUNK_BITS
+        default = {name: (lowest, high) for name, (_, high) in DEFAULT_RULES.items()}
         return {**default, **self._config.rules}
 
     def _smallest(self, rules: dict[str, Rule]) -> Decision:

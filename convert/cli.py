@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxmoe.arguments import note, print_json
+from mlxmoe.convert.calibrate import Calibration, file_sha256
 from mlxmoe.convert.config import DEFAULT_RULES, ConvertConfig, parse_rule
 from mlxmoe.convert.job import Job, Outcome
+from mlxmoe.convert.selftext import SELF
 from mlxmoe.errors import UserError
 from mlxmoe.formats import LEVELS
 from mlxmoe.units import format_size, parse_size
@@ -32,7 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bits", action="append", default=[], metavar="CLASS=BITS",
         help=f"width outside the experts, such as attention=8 or embedding=4-6; may be repeated (default: {rules}, "
-        "lower where the size demands it; router and norms are never touched)",
+        "lower where the size demands it; with --calibration 2-8 for all; router and norms are never touched)",
+    )  # fmt: skip
+    text = Calibration("")
+    parser.add_argument(
+        "--calibration", metavar="F",
+        help="text that the model is run on, .jsonl with the key text or messages, or plain text; 'self' for text that the "
+        "model itself writes (default: none, the error of the weights alone is minimised)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=text.tokens, metavar="N",
+        help="tokens of it that are used (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", choices=("rtn", "gptq"),
+        help="rtn: rounding, without text; gptq: error feedback by calibration text (default: gptq with --calibration)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nested", type=float, default=text.mu, metavar="MU",
+        help="what the errors of an expert's lower levels count when it is written: more for a file that shall serve "
+        "smaller memories as well (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--predecessors", choices=("quantized", "source"), default="quantized",
+        help="the layers that calibration text goes through before the one that is written (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="recorded in the plan (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="measure and print the plan; write nothing")
@@ -49,6 +74,17 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         raise UserError(
             f"--expert-bits {args.expert_bits!r} is no list of numbers", "example: --expert-bits 2,3,4"
         ) from None
+    if (args.method == "gptq") > (args.calibration is not None):
+        raise UserError("--method gptq needs text", "give --calibration FILE, or --calibration self")
+    calibration = None
+    if args.calibration is not None and args.method != "rtn":
+        calibration = Calibration(
+            args.calibration,
+            file_sha256(args.calibration) if args.calibration != SELF else "",
+            tokens=args.calibration_tokens,
+            mu=args.nested,
+            predecessors=args.predecessors == "quantized",
+        )
     return ConvertConfig(
         target_nbytes=parse_size(args.size) if args.size else None,
         bpw=args.bpw,
@@ -56,6 +92,7 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         expert_levels=levels,
         rules=dict(parse_rule(text) for text in args.bits),
         seed=args.seed,
+        calibration=calibration,
     )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from mlxmoe.convert.calibrate import Calibration
 from mlxmoe.errors import UserError
 from mlxmoe.formats import GROUP_SIZES, LEVELS
 
 Rule = tuple[int, int]  # lowest and highest bits of a class
 
-TRUNK_BITS = (3, 4, 5, 6, 8)  # widths of tensors outside the experts
+TRUNK_BITS = (2, 3, 4, 5, 6, 8)  # widths of tensors outside the experts
 DEFAULT_RULES: dict[str, Rule] = dict.fromkeys(("embedding", "head", "attention", "shared", "dense"), (6, 8))
 LOWEST_TRUNK_BITS = 3  # where the rules do not fit the size, unpinned classes may go down to this
+LOWEST_CALIBRATED_BITS = 2  # with calibration every class starts here: what its errors cost is measured
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class ConvertConfig:
     expert_levels: tuple[int, ...] = LEVELS
     rules: dict[str, Rule] = field(default_factory=dict)
     seed: int = 0
+    calibration: Calibration | None = None  # None: least squares on the weights, without any text
 
     def __post_init__(self) -> None:
         if (self.target_nbytes is None) == (self.bpw is None):
@@ -46,6 +50,10 @@ class ConvertConfig:
         settings = asdict(self)
         settings["expert_levels"] = list(self.expert_levels)
         settings["rules"] = {name: list(rule) for name, rule in sorted(self.rules.items())}
+        if self.calibration is not None:
+            settings["calibration"]["file"] = Path(
+                self.calibration.file
+            ).name  # the hash says which; folders are private
         return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -1,6 +1,7 @@
 """A conversion from start to end: stages with one artefact each, in a work folder that becomes the result.
 
-    OUT.partial/state/   job.json, measure-<layer>.npz, measure-trunk.npz, plan.json, <file>.json: removed at the end
+    OUT.partial/state/   job.json, measure-<layer>.npz, measure-trunk.npz, plan.json, <file>.json: removed at the end;
+                         with calibration what passes.py lists in place of measure-*
     OUT.partial/         the files themselves, each whole under its final name
     OUT                  appears in one rename, complete
 
@@ -15,7 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,12 +39,15 @@ from mlxmoe.convert.measure import (
     measure_trunk,
     unmeasured,
 )
-from mlxmoe.convert.source import Source
-from mlxmoe.convert.write import save_arrays, write_layer, write_shard, write_whole
+from mlxmoe.convert.passes import Passes, read_tokenizer
+from mlxmoe.convert.quantize import Affine
+from mlxmoe.convert.source import Source, TrunkTensor
+from mlxmoe.convert.write import Packed, packed_experts, save_arrays, write_layer, write_shard
 from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
-from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, Plan
+from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
 from mlxmoe.units import format_size
+from mlxmoe.work import write_whole
 
 
 class Outcome(NamedTuple):
@@ -71,8 +76,12 @@ class Job:
     def dry_run(self) -> Outcome:
         """Measures and allocates in memory. Writes nothing."""
         self._allocator(unmeasured(self.source, self.config)).check_size()
-        with self._progress(passes=1) as progress:
-            decision = self._allocator(self._measure(progress, keep=False)).decide()
+        if self.config.calibration is not None:
+            with tempfile.TemporaryDirectory(prefix="mlxmoe-calibrate-") as folder:
+                decision = self._decide_calibrated(self._passes(Path(folder)))
+        else:
+            with self._progress(passes=1) as progress:
+                decision = self._allocator(self._measure(progress, keep=False)).decide()
         return Outcome(decision, decision.plan, decision.nbytes)
 
     def run(self, resume: bool = False, restart: bool = False) -> Outcome:
@@ -82,15 +91,13 @@ class Job:
         self._allocator(unmeasured(self.source, self.config)).check_size()
         mx.set_cache_limit(0)  # freed buffers go back at once: peak memory is what one layer needs
         try:
-            with self._locked(restart), self._progress(passes=2) as progress:
+            with self._locked(restart):
                 self._claim()
                 if (self.folder / PLAN_FILE).is_file():  # killed in the middle of publishing
                     plan = Plan.load(self.folder)
                     decision = self._allocator(unmeasured(self.source, self.config)).account(plan)
                 else:
-                    decision = self._allocator(self._measure_or_clear(progress)).decide()
-                    self._check_space(decision.nbytes)
-                    plan = self._write(self._keep_plan(decision.plan), progress)
+                    decision, plan = self._convert_calibrated() if self.config.calibration else self._convert()
                     self._complete(plan, decision.nbytes)
                 self._publish()
         except OSError as error:
@@ -104,10 +111,49 @@ class Job:
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
-    def _measure_or_clear(self, progress: Progress) -> tuple[dict[int, ExpertErrors], TrunkErrors]:
-        """Measures. Of a source that proves to be damaged nothing is kept: the repaired one may differ anywhere."""
+    def _convert(self) -> tuple[Decision, Plan]:
+        """By least squares on the weights."""
+        with self._progress(passes=2) as progress:
+            with self._cleared_if_damaged():
+                measured = self._measure(progress, keep=True)
+            decision = self._allocator(measured).decide()
+            self._check_space(decision.nbytes)
+            plan, tensors = self._keep_plan(decision.plan), self.source.tensors()
+            for site, layer in zip(self.source.sites, plan.layers, strict=True):
+                if self._done(layer.file) is None:
+                    self._write_layer(layer, packed_experts(self.source, tensors, site, layer), progress)
+                else:
+                    progress(site.num_experts * sum(shape.num_weights for shape in layer.projections))
+            return decision, self._finish(plan, tensors, progress, lambda tensor: None)
+
+    def _convert_calibrated(self) -> tuple[Decision, Plan]:
+        """By the errors of the outputs on calibration text."""
+        with self._cleared_if_damaged():
+            passes = self._passes(self.state)
+            decision = self._decide_calibrated(passes)
+        self._check_space(decision.nbytes)
+        plan = self._keep_plan(decision.plan)
+        passes.write(
+            plan,
+            lambda layer, experts: self._write_layer(layer, experts, lambda weights: None),
+            lambda file: self._done(file) is not None,
+        )
+        with self._progress(passes=1) as progress:
+            return decision, self._finish(plan, self.source.tensors(), progress, passes.coded)
+
+    def _passes(self, folder: Path) -> Passes:
+        return Passes(self.source, self.config, read_tokenizer(self.checkpoint), folder, self._quiet)
+
+    def _decide_calibrated(self, passes: Passes) -> Decision:
+        measured = passes.measure()
+        decision = self._allocator((measured.experts, measured.trunk)).decide()
+        return decision._replace(notes=[*measured.notes, *decision.notes])
+
+    @contextmanager
+    def _cleared_if_damaged(self) -> Iterator[None]:
+        """Of a source that proves to be damaged nothing is kept: the repaired one may differ anywhere."""
         try:
-            return self._measure(progress, keep=True)
+            yield
         except UserError:
             shutil.rmtree(self.folder)
             raise
@@ -148,28 +194,33 @@ class Job:
             write_whole(self.state / PLAN_FILE, plan.dumps().encode())
         return Plan.load(self.state)
 
-    def _write(self, plan: Plan, progress: Progress) -> Plan:
-        """Writes every file that is not there yet. Returns the plan with hashes and measured entries."""
-        tensors = self.source.tensors()
+    def _write_layer(self, layer: LayerPlan, experts: Iterator[list[Packed]], progress: Progress) -> None:
+        entry, entries = write_layer(layer, experts, self.folder, progress)
+        self._mark_done(layer.file, entry, entries)
+
+    def _finish(
+        self,
+        plan: Plan,
+        tensors: dict[str, mx.array],
+        progress: Progress,
+        coded: Callable[[TrunkTensor], Affine | None],
+    ) -> Plan:
+        """Writes the trunk and the side files, as far as they are not there yet; the experts are. Returns the plan with
+        hashes and measured entries."""
         formats = trunk_formats(plan)
         files: dict[str, FileEntry] = {}
         layers = []
-        for site, layer in zip(self.source.sites, plan.layers, strict=True):
+        for layer in plan.layers:
             done = self._done(layer.file)
-            if done is None:
-                entry, experts = write_layer(self.source, tensors, site, layer, self.folder, progress)
-                self._mark_done(layer.file, entry, experts)
-            else:
-                entry, experts = done
-                progress(site.num_experts * sum(shape.num_weights for shape in layer.projections))
-            files[layer.file] = entry
+            assert done is not None
+            files[layer.file], experts = done
             layers.append(layer._replace(experts=experts))
         shards = trunk_shards(self.source, formats)
         for i, shard in enumerate(shards):
             name = shard_name(i, len(shards))
             done = self._done(name)
             if done is None:
-                entry = write_shard(shard, formats, tensors, self.folder / name, progress)
+                entry = write_shard(shard, formats, tensors, self.folder / name, progress, coded)
                 self._mark_done(name, entry, ())
             else:
                 entry = done[0]

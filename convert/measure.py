@@ -24,18 +24,22 @@ Progress = Callable[[int], object]  # called with the number of weights just don
 
 
 class ExpertErrors(NamedTuple):
-    """Of one layer: squared norms [P, E] and squared errors [P, E, levels], float64."""
+    """Of one layer: squared norms [P, E] and squared errors [P, E, levels], float64. weights [P, E]: what a relative error
+    of 1 costs; None: the rule of sensitivity.py."""
 
     norms: np.ndarray
     errors: np.ndarray
+    weights: np.ndarray | None = None
 
 
 class TrunkErrors(NamedTuple):
     """Of the quantizable trunk, in Source order: squared norms [tensors] and squared errors [tensors, formats], where
-    the formats of a tensor are `candidate_formats` (fewer than the array has columns for a tensor with one group size)."""
+    the formats of a tensor are `candidate_formats` (fewer than the array has columns for a tensor with one group size).
+    weights [tensors]: what a relative error of 1 costs; None: the rule of sensitivity.py."""
 
     norms: np.ndarray
     errors: np.ndarray
+    weights: np.ndarray | None = None
 
 
 class TrunkFormat(NamedTuple):

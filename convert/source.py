@@ -47,8 +47,8 @@ class Source:
             raise UserError(f"{checkpoint.name} is already converted", "convert from the original checkpoint")
         self.checkpoint = checkpoint
         model_class, args_class = model_classes(checkpoint.config)
-        self._build: Callable[[], Any] = lambda: model_class(args_class.from_dict(checkpoint.config))  # type: ignore[call-arg]
-        model = self._build()
+        self.build: Callable[[], Any] = lambda: model_class(args_class.from_dict(checkpoint.config))  # type: ignore[call-arg]
+        model = self.build()
         self.sites: list[ExpertSite] = expert_sites(model)
         self.shapes = {site.path: _expert_shapes(site, group_size) for site in self.sites}
         self._wanted = {name: tuple(array.shape) for name, array in named_arrays(model.parameters()).items()}
@@ -63,7 +63,7 @@ class Source:
         for shard in self.checkpoint.shards:
             loaded.update(cast(dict[str, mx.array], mx.load(str(shard))))
         try:
-            tensors = _dequantized(self._build().sanitize(loaded), self._modules)
+            tensors = _dequantized(self.build().sanitize(loaded), self._modules)
         except UserError:
             raise
         except ValueError as error:  # MLX cannot stack or split tensors of these shapes

@@ -6,20 +6,18 @@ work folder, its SHA-256 and (for experts) what each lower level of the codes wo
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlxmoe.convert.allocate import shard_header
 from mlxmoe.convert.measure import Progress, TrunkFormat, row_blocks
-from mlxmoe.convert.quantize import affine_search, clip_search, encode, truncation_fit
+from mlxmoe.convert.quantize import Affine, affine_search, clip_search, encode, truncation_fit
 from mlxmoe.convert.source import Source, TrunkTensor
 from mlxmoe.formats import (
     LEVELS,
@@ -34,44 +32,14 @@ from mlxmoe.formats import (
 from mlxmoe.models import ExpertSite
 from mlxmoe.plan import ExpertEntry, FileEntry, LayerPlan
 from mlxmoe.store import layer_header, record_nbytes, record_parts
+from mlxmoe.work import whole_file, write_whole
 
 
-class HashingWriter:
-    """A file that knows its length and SHA-256."""
+class Packed(NamedTuple):
+    """A stored matrix, and its relative error at every level up to the one written."""
 
-    def __init__(self, file: io.BufferedWriter):
-        self._file, self._hash, self.nbytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self.nbytes += len(data)
-
-    @property
-    def entry(self) -> FileEntry:
-        return FileEntry(self.nbytes, self._hash.hexdigest())
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[HashingWriter]:
-    """A file that gets its name only when it is complete and on the disk; on any error nothing of it is left."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            writer = HashingWriter(file)
-            yield writer
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, data: bytes) -> FileEntry:
-    """A file of `data`, by the rules of `whole_file`."""
-    with whole_file(path) as file:
-        file.write(data)
-    return file.entry
+    matrix: PackedMatrix
+    errors: tuple[float, ...]
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -81,7 +49,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def pack_matrix(weight: np.ndarray, shape: MatrixShape, level: int) -> tuple[PackedMatrix, tuple[float, ...]]:
+def pack_matrix(weight: np.ndarray, shape: MatrixShape, level: int) -> Packed:
     """float32 [N, K] -> the stored matrix, and its relative squared error at every level up to `level`."""
     groups = weight.reshape(-1, shape.group_size)
     scales, error = clip_search(groups, level)
@@ -96,7 +64,8 @@ def pack_matrix(weight: np.ndarray, shape: MatrixShape, level: int) -> tuple[Pac
     planes = [
         pack_codes(plane, width) for plane, width in zip(split_planes(matrix_codes, level), PLANE_WIDTHS, strict=False)
     ]
-    return PackedMatrix(shape, level, planes, mx.array(scales.reshape(shape.rows, -1)), gains), tuple(errors)
+    matrix = PackedMatrix(shape, level, planes, mx.array(scales.reshape(shape.rows, -1)), gains)
+    return Packed(matrix, tuple(errors))
 
 
 def pack_record(layer: LayerPlan, entry: ExpertEntry, matrices: Sequence[PackedMatrix], plane: int) -> bytes:
@@ -109,21 +78,23 @@ def pack_record(layer: LayerPlan, entry: ExpertEntry, matrices: Sequence[PackedM
     return bytes(record)
 
 
-def write_layer(
-    source: Source, tensors: dict[str, mx.array], site: ExpertSite, layer: LayerPlan, folder: Path, progress: Progress
-) -> tuple[FileEntry, tuple[ExpertEntry, ...]]:
-    """Writes one experts file. Returns its hash and the experts' entries with measured errors, gains and checksums.
-
-    Takes the layer's stacks out of `tensors`; holds one layer of source weights.
-    """
+def packed_experts(
+    source: Source, tensors: dict[str, mx.array], site: ExpertSite, layer: LayerPlan
+) -> Iterator[list[Packed]]:
+    """The matrices of each expert by least squares on the weights. Takes the layer's stacks out of `tensors`."""
     streams = [source.experts(tensors, site, shape.name) for shape in layer.projections]
+    for planned, weights in zip(layer.experts, zip(*streams, strict=True), strict=True):
+        yield [pack_matrix(w, s, level) for w, s, level in zip(weights, layer.projections, planned.levels, strict=True)]
+
+
+def write_layer(
+    layer: LayerPlan, experts: Iterator[list[Packed]], folder: Path, progress: Progress
+) -> tuple[FileEntry, tuple[ExpertEntry, ...]]:
+    """Writes one experts file. Returns its hash and the experts' entries with measured errors, gains and checksums."""
     entries = []
     with whole_file(folder / layer.file) as file:
         file.write(layer_header(layer))
-        for planned, weights in zip(layer.experts, zip(*streams, strict=True), strict=True):
-            packed = [
-                pack_matrix(w, s, level) for w, s, level in zip(weights, layer.projections, planned.levels, strict=True)
-            ]
+        for planned, packed in zip(layer.experts, experts, strict=True):
             matrices = [matrix for matrix, _ in packed]
             checksums = []
             for plane in range(planned.num_planes):
@@ -132,7 +103,7 @@ def write_layer(
                 file.write(record)
             gains = tuple(tuple(m.gains[lower] for lower in LEVELS[: num_planes(m.level) - 1]) for m in matrices)
             entries.append(ExpertEntry(planned.levels, tuple(errors for _, errors in packed), gains, tuple(checksums)))
-            progress(sum(w.size for w in weights))
+            progress(sum(matrix.shape.num_weights for matrix in matrices))
         result = file
     return result.entry, tuple(entries)
 
@@ -143,22 +114,33 @@ def write_shard(
     tensors: dict[str, mx.array],
     path: Path,
     progress: Progress,
+    coded: Callable[[TrunkTensor], Affine | None] = lambda tensor: None,
 ) -> FileEntry:
-    """Writes one trunk file in MLX's own layout, tensor by tensor. Takes the tensors out of `tensors`."""
+    """Writes one trunk file in MLX's own layout, tensor by tensor. Takes the tensors out of `tensors`. What is `coded`
+    already is written so, the rest by least squares on the weights."""
     with whole_file(path) as file:
         file.write(shard_header(shard, formats))
         for tensor in shard:
-            array = tensors.pop(tensor.name)
-            mx.eval(array)
-            for chunk in _tensor_bytes(tensor, formats.get(tensor.name), array):
+            array, stored = tensors.pop(tensor.name), formats.get(tensor.name)
+            ready = coded(tensor) if stored is not None else None
+            for chunk in _tensor_bytes(tensor, stored, array) if ready is None else _coded_bytes(tensor, stored, ready):
                 file.write(chunk)
             progress(int(np.prod(tensor.shape)))
         result = file
     return result.entry
 
 
+def _coded_bytes(tensor: TrunkTensor, stored: TrunkFormat | None, coded: Affine) -> Iterable[memoryview]:
+    """The bytes of a trunk tensor that is coded already, in the order of `_tensor_bytes`."""
+    assert stored is not None
+    yield array_bytes(pack_codes(mx.array(coded.codes.reshape(tensor.shape)), stored.bits))
+    yield memoryview(coded.scales.tobytes())
+    yield memoryview(coded.biases.tobytes())
+
+
 def _tensor_bytes(tensor: TrunkTensor, stored: TrunkFormat | None, array: mx.array) -> Iterable[memoryview]:
     """The bytes of a trunk tensor: words block by block, then scales, then biases; or the tensor as it is."""
+    mx.eval(array)
     if stored is None:
         yield array_bytes(array)
         return

@@ -37,8 +37,8 @@ from mlxmoe.convert.config import ConvertConfig, parse_rule
 from mlxmoe.convert.job import Job
 from mlxmoe.convert.measure import unmeasured
 from mlxmoe.convert.source import Source
-from mlxmoe.convert.write import HashingWriter
 from mlxmoe.errors import UserError
+from mlxmoe.work import HashingWriter
 
 INDEX = "model.safetensors.index.json"
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -268,7 +268,7 @@ def test_hub_that_fails(
         (["--bits", "router=4"], "--bits 'router=4' is not CLASS=BITS"),
         (["--bits", "head"], "--bits 'head' is not CLASS=BITS"),
         (["--bits", "head=²"], "--bits 'head=²' is not CLASS=BITS"),
-        (["--bits", "head=7"], "--bits 'head=7': no width among 3, 4, 5, 6, 8 fits"),
+        (["--bits", "head=7"], "--bits 'head=7': no width among 2, 3, 4, 5, 6, 8 fits"),
         (["--bits", "head=8-6"], "--bits 'head=8-6': no width"),
         (["--expert-bits", "2,5"], r"expert levels \[5\] are not among 2, 3, 4, 6, 8"),
         (["--expert-bits", "two"], "--expert-bits 'two' is no list of numbers"),

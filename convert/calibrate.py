@@ -1,0 +1,131 @@
+"""Calibration text: from a file to windows of tokens, the same ones every time.
+
+A `.jsonl` file has one document per line, `{"text": ...}` or a chat `{"messages": [{"role": ..., "content": ...}, ...]}`,
+which the tokenizer's template turns into text; any other file is one document. Documents are visited in a fixed
+pseudo-random order, at most `window` tokens of each at a time, so that a small budget covers many of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from mlxmoe.errors import UserError
+
+TOKENS_PER_EXPERT = 64  # fewer per expert on average say too little about its inputs
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a conversion is calibrated. `file`: text; `sha256` of it, filled in by `read_documents`' caller.
+
+    mu: what the errors of the levels below the one written count beside its own (gptq.py). predecessors: statistics for
+    writing come from layers whose predecessors are quantized already.
+    """
+
+    file: str
+    sha256: str = ""
+    tokens: int = 131072
+    window: int = 512
+    mu: float = 0.0
+    predecessors: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise UserError(f"--calibration-tokens {self.tokens} is not a number of tokens", "131072 is the default")
+        if self.window < 2:
+            raise UserError(f"a calibration window of {self.window} tokens predicts nothing", "512 is the default")
+        if not 0 <= self.mu <= 10:
+            raise UserError(
+                f"--nested {self.mu} is not between 0 and 10",
+                "0.3 is a good choice for one file that serves many sizes",
+            )
+
+
+def file_sha256(path: str | Path) -> str:
+    """Raises UserError for a file that is not there."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"there is no calibration file {path} ({error.strerror})", "give a text file or a .jsonl with the key text"
+        ) from None
+
+
+def read_documents(path: str | Path, tokenizer: Any) -> list[str]:
+    """The documents of a file. Raises UserError naming the file and the line."""
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error})", "give a UTF-8 text file or .jsonl") from None
+    documents = [content] if path.suffix != ".jsonl" else list(_json_lines(path, content, tokenizer))
+    documents = [d for d in documents if d.strip()]
+    if not documents:
+        raise UserError(f"{path} holds no text", "give a file with some text in it")
+    return documents
+
+
+def _json_lines(path: Path, content: str, tokenizer: Any) -> Iterator[str]:
+    hint = 'every line must be a JSON object such as {"text": "..."} or {"messages": [...]}'
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error.msg})", hint) from None
+        text, messages = (row.get(key) if isinstance(row, dict) else None for key in ("text", "messages"))
+        if isinstance(text, str):
+            yield text
+        elif isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
+            yield _chat(path, number, messages, tokenizer)
+        else:
+            raise UserError(f"{path} line {number} has neither text nor messages", hint)
+
+
+def _chat(path: Path, number: int, messages: list[dict[str, Any]], tokenizer: Any) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n\n".join(str(message.get("content", "")) for message in messages)
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} line {number}: the model's chat template refuses it ({error})", "correct the roles of its messages"
+        ) from None
+
+
+def choose_tokens(documents: Sequence[str], tokenizer: Any, calibration: Calibration, seed: int) -> np.ndarray:
+    """int32 [windows, window]: documents one after another in pseudo-random order, cut into full windows.
+
+    Raises UserError when there is not even one window.
+    """
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    window = calibration.window
+    wanted = max(1, calibration.tokens // window)
+    pieces: list[list[int]] = []
+    for i in order:
+        tokens = list(tokenizer.encode(documents[i], verbose=False))
+        pieces += [tokens[start : start + window] for start in range(0, len(tokens), window)]
+    random.Random(seed + 1).shuffle(pieces)
+    stream: list[int] = []
+    for piece in pieces:
+        stream += piece
+        if len(stream) >= wanted * window:
+            break
+    count = min(wanted, len(stream) // window)
+    if count == 0:
+        raise UserError(
+            f"{calibration.file} is too short: {len(stream)} tokens, and one window takes {window}",
+            "give a longer text, or a smaller --calibration-tokens",
+        )
+    return np.array(stream[: count * window], np.int32).reshape(count, window)

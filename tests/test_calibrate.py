@@ -1,0 +1,326 @@
+"""Converting by calibration text: what the text may be, what is written, and work that is stopped at any step."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from toy_checkpoints import (
+    convert,
+    edit_weights,
+    folder_nbytes,
+    load_plan,
+    open_model,
+    snapshot,
+    stored_matrix,
+    write_architecture,
+    write_qwen3,
+)
+
+from mlxmoe.checkpoint import open_checkpoint
+from mlxmoe.convert.calibrate import Calibration, choose_tokens, read_documents
+from mlxmoe.convert.config import ConvertConfig
+from mlxmoe.convert.job import Job
+from mlxmoe.convert.passes import read_tokenizer
+from mlxmoe.convert.selftext import OPENINGS, own_text
+from mlxmoe.convert.source import Source
+from mlxmoe.errors import UserError
+from mlxmoe.evaluate import EvalConfig, Text, evaluate
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
+WORDS = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router", "for", "every", "token")
+
+
+def write_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
+    random = np.random.RandomState(seed)
+    path.write_text(" ".join(random.choice(WORDS, words)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen3(tmp_path_factory.mktemp("calibrate") / "source", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def text(source: Path) -> Path:
+    return write_text(source.parent / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def arguments(text: Path) -> list[str]:
+    return ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "1024", "--expert-bits", "2,4,8"]
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, arguments: list[str]) -> Path:
+    output = source.parent / "whole"
+    assert convert(source, output, *arguments) == 0
+    return output
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_the_same_every_time_and_cover_the_documents(source: Path, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(open_checkpoint(source))
+    path = tmp_path / "text.jsonl"
+    letters = "abcdefghijklmnop"
+    path.write_text("\n".join(json.dumps({"text": letter * 500}) for letter in letters))
+    calibration = Calibration(str(path), tokens=16 * 64, window=64)
+    documents = read_documents(path, tokenizer)
+    windows = choose_tokens(documents, tokenizer, calibration, seed=0)
+    assert windows.shape == (16, 64)
+    assert (windows == choose_tokens(documents, tokenizer, calibration, seed=0)).all()
+    assert (windows != choose_tokens(documents, tokenizer, calibration, seed=1)).any()
+    assert len(set(tokenizer.decode(windows.flatten().tolist()))) > 8
+    few = choose_tokens(documents, tokenizer, Calibration(str(path), tokens=10**9, window=64), seed=0)
+    assert few.size == 16 * 500 // 64 * 64
+
+
+def test_chats_go_through_the_template(source: Path, tmp_path: Path) -> None:
+    tokenizer = read_tokenizer(open_checkpoint(source))
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    assert read_documents(path, tokenizer) == ["<|im_start|>user\nhello<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "holds no text"),
+        ('{"text": "a"}\n{"txt": 1}\n', "line 2 has neither text nor messages"),
+        ("[1]\n", "line 1 has neither text nor messages"),
+        ("{", "line 1 is not JSON"),
+        ('{"messages": [{"content": 1}, 2]}', "line 1 has neither text nor messages"),
+        ('{"text": "short"}', "is too short: 5 tokens, and one window takes 512"),
+    ],
+)
+def test_text_that_is_none(
+    content: str, expected: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    assert convert(source, tmp_path / "out", "--bpw", "6", "--calibration", str(path)) == 2
+    assert expected in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {"bad.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--calibration", "nowhere.txt"], "there is no calibration file nowhere.txt"),
+        (["--method", "gptq"], "--method gptq needs text"),
+        (["--calibration-tokens", "0"], "--calibration-tokens 0 is not a number of tokens"),
+        (["--nested", "-1"], "--nested -1.0 is not between 0 and 10"),
+    ],
+)
+def test_bad_settings(
+    more: list[str], expected: str, source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [] if more[0] in ("--calibration", "--method") else ["--calibration", str(text)]
+    assert convert(source, tmp_path / "out", "--bpw", "6", *given, *more) == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_binary_file_is_no_text(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="cannot be read as text"):
+        read_documents(tmp_path / "x.txt", None)
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def kld(folder: Path, reference: Path, text: Path) -> float:
+    loaded, original = open_model(folder), open_model(reference)
+    texts = [Text("text", [text.read_text()])]
+    return float(evaluate(loaded.model, loaded.tokenizer, texts, original.model, EvalConfig(512, 128))["kld_mean"])
+
+
+def test_nearer_to_the_original_than_without_text(source: Path, whole: Path, text: Path, tmp_path: Path) -> None:
+    """On other text of the same kind, and with fewer bytes: sizes of so small a model come in steps of a page a record."""
+    assert convert(source, tmp_path / "rtn", "--bpw", "6.3", "--calibration", str(text), "--method", "rtn") == 0
+    assert folder_nbytes(whole) <= folder_nbytes(tmp_path / "rtn")
+    other = write_text(tmp_path / "other.txt", 600, seed=1)
+    assert kld(whole, source, other) < 0.8 * kld(tmp_path / "rtn", source, other)
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "qwen3_moe", "mixtral", "gpt_oss"])
+def test_families(case: str, text: Path, tmp_path: Path) -> None:
+    """Converted, loaded and run; routers are those of the source, stored matrices decode to what the plan says they are."""
+    changes = {"intermediate_size": 96} if case == "mixtral" else {}
+    source = write_architecture(tmp_path / "source", case, **changes)
+    arguments = ["--bpw", "8", "--calibration", str(text), "--calibration-tokens", "512", "--expert-bits", "3,6"]
+    assert convert(source, tmp_path / "out", *arguments) == 0
+    layer = load_plan(tmp_path / "out").layers[0]
+    stack = np.array(Source(open_checkpoint(source), 128).tensors()[f"{layer.path}.up_proj.weight"].astype(mx.float32))
+    for e, expert in enumerate(layer.experts):
+        left = stored_matrix(tmp_path / "out", layer, e, 1, expert.levels[1]) - stack[e]
+        assert (left**2).sum() < {3: 0.12, 6: 0.004}[expert.levels[1]] * (stack[e] ** 2).sum()
+    loaded = open_model(tmp_path / "out")
+    assert mx.isfinite(loaded.model(mx.array([[5, 6, 7]]))).all().item()
+
+
+def test_dry_run_tells_the_bytes_and_leaves_nothing(
+    source: Path, whole: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, tmp_path / "out", *arguments, "--dry-run", "--json") == 0
+    assert not list(tmp_path.iterdir())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] == folder_nbytes(whole)
+
+
+def test_experts_that_are_never_reached_are_named(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their router logits are zero, those of two others large; they are written all the same."""
+    source = write_qwen3(tmp_path / "source", **SMALL)
+
+    def close(weights: dict[str, mx.array]) -> None:
+        name = "model.layers.0.mlp.gate.weight"
+        gate, norm = np.zeros((4, 64), np.float32), "model.layers.0.post_attention_layernorm.weight"
+        weights[norm] = mx.array(np.ones(64)).astype(weights[norm].dtype)
+        weights["model.embed_tokens.weight"] = mx.abs(weights["model.embed_tokens.weight"]) + 1
+        gate[:2], gate[2:] = 9, -9
+        weights[name] = mx.array(gate).astype(weights[name].dtype)
+
+    edit_weights(source, close)
+    arguments = ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "1024"]
+    assert convert(source, tmp_path / "out", *arguments) == 0
+    assert "layer 0: the calibration text never reaches experts 2, 3; the layer's own" in capsys.readouterr().err
+    assert len(load_plan(tmp_path / "out").layers[0].experts) == 4
+
+
+def test_few_tokens_are_noted(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_text(tmp_path / "short.txt", 130)
+    assert convert(source, tmp_path / "out", "--bpw", "6", "--calibration", str(path)) == 0
+    error = capsys.readouterr().err
+    assert re.search(r"the calibration text has 512 tokens, fewer than asked", error)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"]
+)
+def test_damaged_weights_leave_nothing(
+    name: str, source: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(source, tmp_path / "source")
+
+    def damage(weights: dict[str, mx.array]) -> None:
+        values = np.array(weights[name].astype(mx.float32))
+        values.flat[3] = np.nan
+        weights[name] = mx.array(values).astype(weights[name].dtype)
+
+    edit_weights(folder, damage)
+    assert convert(folder, tmp_path / "out", *arguments) == 2
+    assert "are not finite" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_model_writes_its_own_text(source: Path, tmp_path: Path) -> None:
+    """Every window starts with an opening and goes on with what the model draws, the same for the same seed."""
+    loaded = open_model(source)
+    first = own_text(loaded.model, loaded.tokenizer, 18, 96, 0, lambda n: None)
+    assert first.shape == (18, 96)
+    assert (first == own_text(loaded.model, loaded.tokenizer, 18, 96, 0, lambda n: None)).all()
+    assert (first != own_text(loaded.model, loaded.tokenizer, 18, 96, 1, lambda n: None)).any()
+    assert loaded.tokenizer.decode(first[1].tolist()).startswith(OPENINGS[1][:5])
+    logits = loaded.model(mx.array(first))
+    logs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))[:, :-1]
+    drawn = np.take_along_axis(logs, first[:, 1:, None], -1)
+    # tokens drawn by p are likelier than others, by the sum of both divergences of p and an even distribution
+    assert drawn[:, -10:].mean() > logs[:, -10:].mean() + 0.15
+
+
+def test_converted_by_its_own_text(source: Path, tmp_path: Path) -> None:
+    arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "512"]
+    assert convert(source, tmp_path / "out", *arguments) == 0
+    assert load_plan(tmp_path / "out").settings["calibration"]["file"] == "self"
+
+
+# Stopping and going on ------------------------------------------------------------------------------------------------
+
+
+def test_stopped_at_every_step(
+    source: Path, whole: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop before every seventh rename of a file, in one conversion that is resumed every time: the result is that of a
+    conversion without a stop."""
+    renames, real = 0, os.replace
+
+    def replace(old: Any, new: Any) -> None:
+        nonlocal renames
+        renames += 1
+        if renames % 7 == 0:
+            raise KeyboardInterrupt
+        real(old, new)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        stops = 0
+        while convert(source, tmp_path / "out", *arguments, *(["--resume"] if stops else [])) == 130:
+            stops += 1
+            assert stops < 60
+    assert snapshot(tmp_path / "out") == snapshot(whole)
+    # job; 3 hidden states, 3 gradients, 4 times what errors cost; plan; 3 hidden states, 3 trunks; 2 layers, 1 shard with
+    # a note each; 3 side files and the plan: 28 at least, and what the work in hand at a stop has to do again
+    assert stops >= 4
+
+
+@pytest.mark.parametrize(
+    "more", [["--calibration-tokens", "512"], ["--nested", "0.5"], ["--predecessors", "source"], ["--method", "rtn"]]
+)
+def test_resume_with_other_settings(
+    more: list[str],
+    source: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxmoe.convert.passes.Passes.measure", stop)
+        assert convert(source, tmp_path / "out", *arguments) == 130
+    assert convert(source, tmp_path / "out", *arguments, *more, "--resume") == 2
+    assert "was started with other calibration" in capsys.readouterr().err
+
+
+def test_calibration_text_that_changed_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_text(tmp_path / "text.txt")
+    arguments = ["--bpw", "6", "--calibration", str(path)]
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxmoe.convert.passes.Passes.measure", stop)
+        assert convert(source, tmp_path / "out", *arguments) == 130
+    write_text(path, seed=9)
+    assert convert(source, tmp_path / "out", *arguments, "--resume") == 2
+    assert "was started with other calibration" in capsys.readouterr().err
+
+
+def test_settings_say_how_it_was_calibrated(whole: Path, text: Path) -> None:
+    settings = load_plan(whole).settings["calibration"]
+    assert settings["tokens"] == 1024
+    assert len(settings["sha256"]) == 64
+    assert settings["file"] == text.name
+
+
+def test_without_text_nothing_is_calibrated(source: Path, tmp_path: Path) -> None:
+    config = ConvertConfig(bpw=6)
+    Job(source, tmp_path / "out", config, quiet=True).run()
+    assert "calibration" not in load_plan(tmp_path / "out").settings
