@@ -60,6 +60,10 @@ class LayerCache:
         return self._nbytes
 
     @property
+    def pinned(self) -> frozenset[int]:
+        return self._pinned
+
+    @property
     def present(self) -> frozenset[int]:
         return frozenset(self._present)
 

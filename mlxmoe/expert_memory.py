@@ -68,6 +68,19 @@ def split_budget(layers: Sequence[LayerBytes], budget: int, wanted: Sequence[flo
     return [math.floor(capacity) for capacity in capacities]
 
 
+def choose_pinned(layer: LayerBytes, budget: int, frequencies: Sequence[float] | None) -> list[int]:
+    """The most frequent experts of a layer that fit in `budget` bytes together; none where frequencies are unknown."""
+    pinned: list[int] = []
+    for expert in (
+        sorted(range(len(layer.sizes)), key=lambda e: (-frequencies[e], e)) if frequencies is not None else ()
+    ):
+        if layer.sizes[expert] > budget:
+            break
+        pinned.append(expert)
+        budget -= layer.sizes[expert]
+    return pinned
+
+
 class ExpertMemory:
     """All streamed layers of a model under one budget in bytes. Owns the source and the reader.
 

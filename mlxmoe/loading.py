@@ -30,7 +30,7 @@ from mlxmoe.cache import LayerCache
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.elastic import ElasticMemory, LevelledLayer, MergedLevels, PlaneLevels
 from mlxmoe.errors import UserError
-from mlxmoe.expert_memory import ExpertMemory, LayerBytes, Place, split_budget
+from mlxmoe.expert_memory import ExpertMemory, LayerBytes, Place, choose_pinned, split_budget
 from mlxmoe.experts import ExpertLayer, KernelExperts, PlaneLinear, stock_banks
 from mlxmoe.formats import PLANE_WIDTHS, SCALE_NBYTES
 from mlxmoe.gates import experts_see_the_input, gate_scores
@@ -366,6 +366,11 @@ def _open_streamed(prepared: Prepared, memory: int, config: RuntimeConfig) -> Lo
     streaming = prepared.streaming(memory)
     if memory < streaming.least_memory:
         raise _too_small(prepared, memory)
+    if config.pin and prepared.plan is None:
+        raise UserError(
+            f"{prepared.checkpoint.name} does not say which experts are frequent, so none can be pinned",
+            "leave out --pin, or convert the checkpoint",
+        )
     with ExitStack() as stack:
         source = stack.enter_context(closing(expert_source(prepared)))
         way = _way_of_reading(source, config)
@@ -433,11 +438,10 @@ def _stream(
         layer = layers[path]
         shelf = _shelf(prepared, source, number, layer, plans.get(path), capacity)
         slots = capacity * len(shape.sizes) // shape.total
-        cache = LayerCache(
-            shape.sizes,
-            capacity,
-            config.make_policy(number, len(shape.sizes), slots, _frequencies(prepared.plan, number)),
-        )
+        frequencies = _frequencies(prepared.plan, number)
+        policy = config.make_policy(number, len(shape.sizes), slots, frequencies)
+        pinned = choose_pinned(shape, int(config.pin * (capacity - shape.least)), frequencies)
+        cache = LayerCache(shape.sizes, capacity, policy, pinned)
         block_path = path.rpartition(".")[0]
         block = _module(prepared.model, block_path)
         beside = _beside(block)
@@ -720,8 +724,8 @@ def _reserve(config: dict[str, Any], context: int, nbytes_kv: int, memory: int, 
     itemsize = activation_dtype(config).size
     heads, hidden = int(text.get("num_attention_heads") or 1), int(text["hidden_size"])
     expert = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or hidden)
-    # Products at several field widths compute every pair at each of them, two results being there at a time
-    pairs = num_experts_per_token(config) * (6 * hidden + 6 * expert) * itemsize
+    # Products at several field widths compute every pair at each of them
+    pairs = num_experts_per_token(config) * (8 * hidden + 8 * expert) * itemsize
     latent = heads * (int(text.get("qk_nope_head_dim") or 0) + int(text.get("v_head_dim") or 0))
     fused = mx.default_device() != mx.cpu and not latent
     per_token = max(0 if fused else 6 * heads * context * itemsize, pairs) + 12 * hidden * itemsize

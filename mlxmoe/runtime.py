@@ -37,6 +37,8 @@ class RuntimeConfig:
     # (reads past the page cache): None lets a probe of the disk decide.
     policy: str | CacheChoice = DEFAULT_POLICY
     prefetch: str = "auto"
+    # Share of what a layer's experts may take, beyond one token's, that goes to its most frequent experts for good.
+    pin: float = 0.0
     threads: int | None = None
     direct: bool | None = None
     # Of a reduced model: experts that are chosen often exchange precision with others while it runs. Then output depends on
@@ -96,6 +98,13 @@ def add_runtime_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--pin",
+        type=float,
+        default=RuntimeConfig.pin,
+        metavar="SHARE",
+        help="share of the room for streamed experts that the most frequent ones keep for good (default: %(default)s)",
+    )
+    parser.add_argument(
         "--prefetch",
         default="auto",
         choices=PREDICTORS,
@@ -114,4 +123,6 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
                 f"one of {', '.join(_ONLINE)}, or a file of mlxmoe explain --save",
             )
         policy = load_choice(Path(args.policy))
-    return RuntimeConfig(memory, args.context, args.exact, policy, args.prefetch, adapt=args.adapt)
+    if not 0 <= args.pin <= 1:
+        raise UserError(f"--pin {args.pin:g} is not a share", "give a number from 0 to 1")
+    return RuntimeConfig(memory, args.context, args.exact, policy, args.prefetch, args.pin, adapt=args.adapt)

@@ -21,7 +21,7 @@ from toy_checkpoints import convert, prepare, write_architecture, write_qwen3
 from mlxmoe import loading
 from mlxmoe.cli import main
 from mlxmoe.errors import UserError
-from mlxmoe.expert_memory import ExpertMemory, LayerBytes, split_budget
+from mlxmoe.expert_memory import ExpertMemory, LayerBytes, choose_pinned, split_budget
 from mlxmoe.loading import Loaded, RuntimeConfig, full_memory, open_model, smallest_streaming
 from mlxmoe.policies import POLICIES
 from mlxmoe.reader import Reader
@@ -389,6 +389,28 @@ def test_the_static_policy_needs_something_to_go_by(sources: dict[str, Path]) ->
     experts(stream(sources["converted"], 0.2, policy="static")).close()
     with pytest.raises(UserError, match="the static policy has nothing to go by"):
         stream(sources["stock"], 0.2, policy="static")
+
+
+def test_pinned_experts_are_read_once(monkeypatch: pytest.MonkeyPatch, sources: dict[str, Path]) -> None:
+    """The most frequent by the plan, as many as their share of the room holds; a stock checkpoint does not know any."""
+    watch = Watch()
+    loaded = watched(monkeypatch, sources["converted"], watch, 0.3, pin=1.0)
+    wanted = resident_logits(sources["converted"])
+    for _ in range(3):
+        assert same(loaded.model(PROMPT), wanted)
+        experts(loaded).check()
+    totals = experts(loaded).totals()
+    # Those that the prompt wanted were read for the first one only
+    pinned = sum(len(layer.cache.pinned & layer.cache.present) for layer in experts(loaded).layers)
+    assert pinned > 2
+    assert totals.hits >= 2 * pinned
+    assert sum(watch.offsets.count(place) == 1 for place in set(watch.offsets)) >= pinned
+    assert any(watch.offsets.count(place) == 3 for place in watch.offsets)
+    experts(loaded).close()
+    with pytest.raises(UserError, match="none can be pinned"):
+        stream(sources["stock"], 0.2, pin=0.5)
+    assert choose_pinned(LayerBytes([10, 20, 10, 10], 1), 30, [0.1, 0.9, 0.5, 0.2]) == [1, 2]
+    assert choose_pinned(LayerBytes([10, 20, 10, 10], 1), 30, None) == []
 
 
 def test_less_than_one_token_needs_is_refused(sources: dict[str, Path]) -> None:

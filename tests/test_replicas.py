@@ -1,0 +1,204 @@
+"""Replicas: which rotations, which experts, how outputs are combined. Every rule against a formula worked by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxmoe.convert.quantize import clip_search, encode
+from mlxmoe.convert.replicas import (
+    COPIES,
+    adaptive_budgets,
+    benefit,
+    choose_replicated,
+    combine,
+    conservative,
+    copy_settings,
+    ensemble_error,
+    fit_selector,
+    group,
+    learned_weights,
+    mean_weights,
+    most_different,
+    runtime_weights,
+    select,
+    selected,
+    sensitivity,
+    similarity,
+    similarity_matrix,
+    variance_weights,
+    vote,
+)
+from mlxmoe.convert.rotate import Rotation, plain_rotation, rotate, unrotate
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# -- rotations --------------------------------------------------------------------------------------------------------
+
+
+def test_rotations_that_round_alike_are_the_same() -> None:
+    """Rows in another order and with other signs: nothing changes for a symmetric quantizer."""
+    first = plain_rotation("randomised-hadamard", 64, seed=1)
+    order = np.random.default_rng(0).permutation(64)
+    mirrored = Rotation("mirror", first.signs, -first.block[order])
+    assert similarity(first, mirrored) == pytest.approx(1, abs=1e-6)
+    assert similarity(first, plain_rotation("none", 64)) == pytest.approx(1 / 8, abs=1e-6)  # every entry is 64^-1/2
+
+
+def test_similarity_by_hand() -> None:
+    """30 degrees: every axis is nearest to one at cos 30."""
+    cos, sin = np.cos(np.pi / 6), np.sin(np.pi / 6)
+    turned = Rotation("turn", np.ones(2, np.float32), np.array([[cos, -sin], [sin, cos]], np.float32))
+    matrix = similarity_matrix([plain_rotation("none", 2), turned])
+    np.testing.assert_allclose(matrix, [[1, np.sqrt(3) / 2], [np.sqrt(3) / 2, 1]], atol=1e-6)
+
+
+def test_the_least_similar_pair_and_then_the_largest_sum_of_angles() -> None:
+    similarities = np.array([[1, 0.9, 0.8, 0.3], [0.9, 1, 0.1, 0.5], [0.8, 0.1, 1, 0.6], [0.3, 0.5, 0.6, 1]])
+    assert most_different(similarities, 1) == [0]
+    assert most_different(similarities, 2) == [1, 2]
+    # arccos 0.9 + arccos 0.8 = 1.09 for the first, arccos 0.5 + arccos 0.6 = 1.97 for the last
+    assert most_different(similarities, 3) == [1, 2, 3]
+    assert most_different(similarities, 4) == [1, 2, 3, 0]
+
+
+def test_settings_progress_from_copy_to_copy() -> None:
+    first, second, third = copy_settings(3, "mixed")
+    assert [s.rotation for s in (first, second, third)] == [0, 1, 2]
+    assert [s.activation_bits for s in (first, second, third)] == [8, 16, 16]
+    assert [s.stochastic for s in (first, second, third)] == [False, True, True]
+    assert [s.shift for s in (first, second, third)] == pytest.approx([0, 1 / 3, 2 / 3])
+    assert [s.group_size for s in (first, second, third)] == [128, 64, 32]
+    assert {s.rotation for s in copy_settings(3, "activation")} == {0}
+    assert {(s.stochastic, s.clip, s.group_size) for s in copy_settings(3, "rotation")} == {(False, 1.0, 128)}
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+
+def test_groups_and_their_copies() -> None:
+    assert group(0.01, 0.1, shared=True) == "shared"
+    assert group(0.11, 0.9) == "frequent"
+    assert group(0.1, 0.71) == "domain"
+    assert group(0.1, 0.7) == "specialised"
+    assert [COPIES[name] for name in ("shared", "frequent", "domain", "specialised")] == [3, 2, 2, 1]
+
+
+def test_sensitivity_and_benefit_by_hand() -> None:
+    scores = sensitivity(np.array([2.0, 1.0]), np.array([0.0, 4.0]), np.array([0.5, 0.25]))
+    np.testing.assert_allclose(scores, [0.5 + 0 + 0.2, 0.25 + 0.3 + 0.1])
+    np.testing.assert_allclose(benefit(scores, np.array([0.5, 0.25]), np.array([0.0, 1.0])), [0.35, 0.325])
+    np.testing.assert_array_equal(sensitivity(np.zeros(2), np.zeros(2), np.zeros(2)), [0, 0])
+
+
+def test_the_budget_takes_the_best() -> None:
+    scores = np.array([1.0, 5, 3, 3, 2, 0, 0, 0, 0, 4])
+    np.testing.assert_array_equal(np.flatnonzero(choose_replicated(scores, 0.30)), [1, 2, 9])
+    assert choose_replicated(scores, 0.0).sum() == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=12), st.floats(0.16, 0.44))
+def test_adaptive_budgets_have_their_mean_and_their_limits(scores: list[float], mean: float) -> None:
+    budgets = adaptive_budgets(np.array(scores), mean)
+    assert budgets.mean() == pytest.approx(mean, abs=1e-6)
+    assert budgets.min() >= 0.15
+    assert budgets.max() <= 0.45
+    assert (np.diff(budgets[np.argsort(scores, kind="stable")]) >= 0).all()
+
+
+def test_adaptive_budgets_by_hand() -> None:
+    """0.1 and 0.2 per unit of score: the first is held at 0.15, so the second has the rest of the mean."""
+    np.testing.assert_allclose(adaptive_budgets(np.array([1.0, 2.0]), 0.225), [0.15, 0.30], atol=1e-9)
+    np.testing.assert_allclose(adaptive_budgets(np.array([1.0, 9.0]), 0.25), [0.15, 0.35], atol=1e-9)
+
+
+def test_what_copies_can_give_is_what_they_do_give() -> None:
+    """Rotated copies of Gaussian weights at 2 bits, against the formula; and one bit more gives more than two copies."""
+    w = random(64, 128).astype(np.float32)
+
+    def coded(bits: int, seed: int) -> np.ndarray:
+        rotation = plain_rotation("randomised-hadamard", 128, seed)
+        groups = rotate(w, rotation)
+        scales = clip_search(groups, bits)[0].astype(np.float32)
+        return unrotate((encode(groups, scales, bits) - np.float32(((1 << bits) - 1) / 2)) * scales[:, None], rotation)
+
+    def error(value: np.ndarray) -> float:
+        gain = np.vdot(w, value) / np.vdot(value, value)
+        return float(np.square(w - gain * value).sum() / np.square(w).sum())
+
+    single = error(coded(2, 0))
+    pair = error((coded(2, 0) + coded(2, 1)) / 2)
+    assert pair == pytest.approx(ensemble_error(single, 2), rel=0.06)  # copies are nearly, not quite independent
+    assert error(coded(3, 0)) < 0.6 * pair
+    assert ensemble_error(0.1175, 2) == pytest.approx(10**-1.205, rel=0.005)  # research note: -12.05 dB
+
+
+# -- combining --------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_weighted_sums() -> None:
+    outputs = random(3, 4, 5)
+    np.testing.assert_allclose(combine(outputs, mean_weights(3)), outputs.mean(axis=0))
+    per_token = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 2]])
+    np.testing.assert_allclose(combine(outputs, per_token)[3], 2 * outputs[2, 3])
+    np.testing.assert_allclose(combine(outputs, per_token)[1], outputs[1, 1])
+
+
+def test_variance_weights_by_hand() -> None:
+    np.testing.assert_allclose(variance_weights(np.array([1.0, 3.0])), [0.75, 0.25])
+    np.testing.assert_allclose(variance_weights(np.array([0.0, 3.0, 0.0])), [0.5, 0, 0.5])
+
+
+def test_learned_weights_find_the_mixture() -> None:
+    outputs = random(3, 50, 7)
+    target = 0.5 * outputs[0] - 0.25 * outputs[1] + 2 * outputs[2]
+    np.testing.assert_allclose(learned_weights(outputs, target), [0.5, -0.25, 2], atol=1e-4)
+    noisy = target + 3 * random(50, 7, seed=1)
+    flat = outputs.reshape(3, -1)
+    np.testing.assert_allclose(
+        learned_weights(outputs, noisy), np.linalg.lstsq(flat.T, noisy.reshape(-1), rcond=None)[0], atol=1e-3
+    )
+
+
+def test_learned_weights_of_equal_copies_are_their_mean() -> None:
+    """The normal equations have no unique solution there."""
+    output = random(1, 20, 4)
+    np.testing.assert_allclose(learned_weights(np.repeat(output, 2, axis=0), output[0]), [0.5, 0.5], atol=1e-6)
+
+
+def test_selection_follows_the_input() -> None:
+    """The first copy is good for small inputs and the second for large ones."""
+    features = np.linspace(-1, 1, 40)[:, None]
+    errors = np.stack([np.exp(2 * features[:, 0]), np.exp(-2 * features[:, 0])])
+    choice = select(fit_selector(features, errors), np.array([[-0.5], [0.5]]))
+    np.testing.assert_array_equal(choice, [0, 1])
+    outputs = random(2, 2, 3)
+    np.testing.assert_array_equal(selected(outputs, choice), [outputs[0, 0], outputs[1, 1]])
+
+
+def test_votes_and_ties() -> None:
+    first, second = [3.0, 2.0, 0.0], [0.0, 1.0, 0.5]
+    scores = np.array([[first, first], [second, second], [[0.0, 9.0, 0.0], [0.0, 0.0, 1.0]]])
+    # token 0: classes 0, 1, 1. Token 1: one vote each, sums 3, 3, 1.5: the first of the largest
+    np.testing.assert_array_equal(vote(scores), [1, 0])
+    scores[0, 1, 1] = 2.5
+    np.testing.assert_array_equal(vote(scores), [1, 1])
+
+
+def test_conservative_mode() -> None:
+    calm = np.full(10, 2.0)
+    assert not conservative(calm, known_domain=True)
+    assert conservative(calm[:9], known_domain=True)
+    assert conservative(calm, known_domain=False)
+    wild = np.array([1.0, 3.0] * 5)  # standard deviation 1 = mean / 2: not above
+    assert not conservative(wild, known_domain=True)
+    assert conservative(np.array([0.9, 3.0] * 5), known_domain=True)
+    weights = np.array([0.8, 0.2])
+    np.testing.assert_array_equal(runtime_weights(weights, calm, True), weights)
+    np.testing.assert_array_equal(runtime_weights(weights, calm, False), [0.5, 0.5])
