@@ -241,11 +241,11 @@ def test_both_candidates_run_the_layer(activation: str, phase: str, tokens: int,
     together at decode."""
     gpu, layer = Gpu(), dataclasses.replace(LAYER, activation=kernel_choice.Activation(activation), bias=True)
     outputs: list[mx.array] = []
-    candidates = layer_candidates(layer, gpu.make(), phase)
     original, products = mx.gather_qmm, []
     projections = 2 if activation == "relu2" else 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx, "gather_qmm", lambda *a, **k: products.append(k["bits"]) or original(*a, **k))
+        candidates = layer_candidates(layer, gpu.make(), phase)  # which takes hold of the product
         patch.setattr(mx, "eval", outputs.extend)
         candidates[KERNELS]()
         launched = gpu.calls
