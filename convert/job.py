@@ -47,7 +47,7 @@ from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
 from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
 from mlxmoe.units import format_size
-from mlxmoe.work import write_whole
+from mlxmoe.work import publish, write_whole
 
 
 class Outcome(NamedTuple):
@@ -99,7 +99,7 @@ class Job:
                 else:
                     decision, plan = self._convert_calibrated() if self.config.calibration else self._convert()
                     self._complete(plan, decision.nbytes)
-                self._publish()
+                publish(self.folder, self.state, self.output)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -246,16 +246,6 @@ class Job:
             assert all(len(e.crc32) == num_planes(max(e.levels)) for e in layer.experts)
         text = plan.dumps().encode().rstrip()
         write_whole(self.folder / PLAN_FILE, text.ljust(nbytes - plan.nbytes - 1) + b"\n")
-
-    def _publish(self) -> None:
-        """One rename: a reader sees the whole folder or none."""
-        shutil.rmtree(self.state)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
-        os.rename(self.folder, self.output)
-        descriptor = os.open(self.output.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
     # -- the work folder -----------------------------------------------------------------------------------------------
 

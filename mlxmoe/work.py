@@ -63,6 +63,17 @@ def write_whole(path: Path, data: bytes) -> FileEntry:
     return file.entry
 
 
+def publish(folder: Path, state: Path, output: Path) -> None:
+    """A complete work folder becomes `output` in one rename, without its `state` and without temporary files."""
+    shutil.rmtree(state)
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+    os.rename(folder, output)
+    descriptor = os.open(output.parent, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 class WorkFolder:
     """OUT.partial of one kind of work, whose noun stands in every message; `last` is the file that makes it complete.
 
@@ -149,10 +160,4 @@ class WorkFolder:
 
     def publish(self) -> None:
         """One rename: a reader sees the whole folder or none."""
-        shutil.rmtree(self._state)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
-        os.rename(self.folder, self.output)
-        descriptor = os.open(self.output.parent, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        publish(self.folder, self._state, self.output)
