@@ -14,11 +14,10 @@ many of them are there as there are layers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -35,13 +34,12 @@ from mlxmoe.convert.selftext import SELF, own_text
 from mlxmoe.convert.source import Source, TrunkTensor
 from mlxmoe.convert.stats import Accumulator, Moments
 from mlxmoe.convert.stream import Backward, LayerStream
+from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.write import Packed, save_arrays
 from mlxmoe.errors import UserError
 from mlxmoe.loading import open_model
 from mlxmoe.models import ExpertSite
 from mlxmoe.plan import LayerPlan, Plan
-
-_BATCH_TOKENS = 2048
 
 # Called with a layer of the plan and its experts, coded; writes the file
 LayerWriter = Callable[[LayerPlan, Iterator[list[Packed]]], None]
@@ -75,11 +73,12 @@ class Passes:
         self._source, self._config, self._state, self._quiet = source, config, state, quiet
         self._calibration: Calibration = config.calibration
         if self._calibration.file == SELF:
-            self._tokens = self._own_tokens()
+            tokens = self._own_tokens()
         else:
             documents = read_documents(self._calibration.file, tokenizer)
-            self._tokens = choose_tokens(documents, tokenizer, self._calibration, config.seed)
+            tokens = choose_tokens(documents, tokenizer, self._calibration, config.seed)
         self._stream = LayerStream(source)
+        self._walk = Walk(self._stream, tokens, state)
         self._last = len(self._stream.layers)
         self._sites = {self._index(site): site for site in source.sites}
         self._layer_of = {t.name: i for i in range(-1, self._last + 1) for t in self._trunk_of(i)}
@@ -100,10 +99,6 @@ class Passes:
         with np.load(path) as saved:
             return np.array(saved["tokens"])
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self._tokens.size)
-
     def _index(self, site: ExpertSite) -> int:
         """Position of a site's layer among the layers, which is not its number where numbering has gaps."""
         return next(i for i in range(self._last) if site.path.startswith(self._stream.path(i) + "."))
@@ -112,7 +107,7 @@ class Passes:
 
     def measure(self) -> Measured:
         """Runs forward and backward over the original model, as far as that is not done yet."""
-        complete = self._path("weighed", -1, "npz").is_file()  # comes last; writing then removes gradients
+        complete = self._walk.path("weighed", -1, "npz").is_file()  # comes last; writing then removes gradients
         undone = [] if complete else [i for i in range(self._last + 1) if not self._is_weighed(i)]
         top = max(undone, default=-1)
         with self._bar("calibrate", 2 * self._last + 1) as step:
@@ -125,47 +120,29 @@ class Passes:
                 else:
                     self._backward(i)
                 if self._calibration.predecessors and i > 0:
-                    self._path("hidden", i).unlink()
+                    self._walk.path("hidden", i).unlink()
                 step(1)
             if not complete:
                 self._embedding()
         return self._measured()
 
     def _is_weighed(self, i: int) -> bool:
-        return self._path("weighed", i, "npz").is_file() and self._path("gradient", i).is_file()
+        return self._walk.path("weighed", i, "npz").is_file() and self._walk.path("gradient", i).is_file()
 
     def _forward(self, top: int, step: Callable[[int], object]) -> None:
         """Hidden states of the original model up to what goes into layer `top`."""
-        self._embed("hidden")
+        self._walk.embed("hidden")
         for i in range(top):
-            if not self._path("hidden", i + 1).is_file():
+            if not self._walk.path("hidden", i + 1).is_file():
                 with self._stream.loaded(i):
-                    self._advance(i, "hidden")
+                    self._walk.advance(i, "hidden")
             step(1)
-
-    def _embed(self, kind: str) -> None:
-        if not self._path(kind, 0).is_file():
-            with self._spill(kind, 0) as write:
-                for rows in self._batches():
-                    write(rows, self._stream.embed(self._batch(rows)))
-
-    def _advance(self, i: int, kind: str) -> None:
-        """The hidden states behind a loaded layer from those before it."""
-        with self._spill(kind, i + 1) as write:
-            for rows in self._batches():
-                output = self._stream.run(i, self._batch(rows), self._read(kind, i, rows))
-                if not mx.isfinite(output).all().item():
-                    raise UserError(
-                        f"the hidden states behind {self._stream.path(i)} are not finite",
-                        "the checkpoint or its configuration is damaged; --method rtn converts without running the model",
-                    )
-                write(rows, output)
 
     def _head(self) -> None:
         """What lies behind the last layer: draws next tokens, weighs the head."""
         tensors = self._trunk_of(self._last)
         moments = self._draw("hidden", tensors, keep="gradient")
-        save_arrays(self._path("weighed", self._last, "npz"), self._weigh_trunk(tensors, moments))
+        save_arrays(self._walk.path("weighed", self._last, "npz"), self._weigh_trunk(tensors, moments))
 
     def _draw(self, kind: str, tensors: list[TrunkTensor], keep: str | None) -> dict[str, Moments]:
         """Statistics of the head; `keep`: writes the gradient of the drawn tokens' log-probability as well."""
@@ -173,7 +150,7 @@ class Passes:
         def passes(rows: slice) -> Backward:
             paths = [tensor.module for tensor in tensors]
             seed = (self._config.seed << 32) + rows.start
-            return self._stream.sample(self._batch(rows), self._read(kind, self._last, rows), paths, seed)
+            return self._stream.sample(self._walk.batch(rows), self._walk.read(kind, self._last, rows), paths, seed)
 
         return self._accumulate(self._last, tensors, None, passes, keep)
 
@@ -184,7 +161,7 @@ class Passes:
             arrays = self._weigh_trunk(tensors, moments)
             if site is not None:
                 arrays |= self._weigh_experts(site, moments)
-        save_arrays(self._path("weighed", i, "npz"), arrays)
+        save_arrays(self._walk.path("weighed", i, "npz"), arrays)
 
     def _differentiate(self, i: int, kind: str, keep: str | None) -> dict[str, Moments]:
         """Statistics of a loaded layer at its hidden states of a kind, by the gradients behind it."""
@@ -194,8 +171,8 @@ class Passes:
             paths += [f"{site.path}.{shape.name}" for shape in self._source.shapes[site.path]]
 
         def passes(rows: slice) -> Backward:
-            hidden, gradient = self._read(kind, i, rows), self._read("gradient", i + 1, rows)
-            return self._stream.differentiate(i, self._batch(rows), hidden, gradient, paths)
+            hidden, gradient = self._walk.read(kind, i, rows), self._walk.read("gradient", i + 1, rows)
+            return self._stream.differentiate(i, self._walk.batch(rows), hidden, gradient, paths)
 
         return self._accumulate(i, tensors, site, passes, keep)
 
@@ -213,24 +190,28 @@ class Passes:
             for shape in self._source.shapes[site.path]:
                 path = f"{site.path}.{shape.name}"
                 sums[path] = Accumulator(path, site.num_experts)
-        with self._spill(keep or "", i) as write:
-            for rows in self._batches():
+        with self._walk.spill(keep or "", i) as write:
+            for rows in self._walk.batches():
                 done = passes(rows)
                 for path, record in done.records.items():
-                    sums[path].add(record, self._batch(rows).size)
+                    sums[path].add(record, self._walk.batch(rows).size)
                 if keep:
                     write(rows, done.gradient)
         return {path: each.moments() for path, each in sums.items()}
 
     def _embedding(self) -> None:
         """The input embedding: what an error in it costs, from the gradient at the first layer's input."""
-        sums, total = 0.0, self.num_tokens
-        for rows in self._batches():
-            hidden, gradient = (np.array(self._read(k, 0, rows).astype(mx.float32)) for k in ("hidden", "gradient"))
+        sums, total = 0.0, self._walk.num_tokens
+        for rows in self._walk.batches():
+            hidden, gradient = (
+                np.array(self._walk.read(k, 0, rows).astype(mx.float32)) for k in ("hidden", "gradient")
+            )
             sums += float((np.square(gradient).mean(-1) * np.square(hidden).sum(-1)).sum(dtype=np.float64))
         tensors = self._trunk_of(-1)
         empty = Moments(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0)), np.zeros(1, np.int64), sums / total / 2)
-        save_arrays(self._path("weighed", -1, "npz"), self._weigh_trunk(tensors, {t.module: empty for t in tensors}))
+        save_arrays(
+            self._walk.path("weighed", -1, "npz"), self._weigh_trunk(tensors, {t.module: empty for t in tensors})
+        )
 
     # -- what errors cost ----------------------------------------------------------------------------------------------
 
@@ -263,7 +244,7 @@ class Passes:
         trunk: dict[str, np.ndarray] = {}
         notes: list[str] = []
         for i in range(-1, self._last + 1):
-            with np.load(self._path("weighed", i, "npz")) as saved:
+            with np.load(self._walk.path("weighed", i, "npz")) as saved:
                 trunk |= {name: saved[name] for name in saved.files if not name.startswith("experts.")}
                 site = self._sites.get(i)
                 if site is not None:
@@ -276,7 +257,7 @@ class Passes:
         for t, name in enumerate(names):
             errors[t, : len(trunk[name]) - 1] = trunk[name][1:]
         norms = np.array([trunk[name][0] for name in names])
-        used = self.num_tokens
+        used = self._walk.num_tokens
         if used < self._calibration.tokens // self._calibration.window * self._calibration.window:
             notes.insert(0, f"the calibration text has {used} tokens, fewer than asked")
         return Measured(experts, TrunkErrors(norms, errors, norms), notes)
@@ -289,20 +270,20 @@ class Passes:
         kind = "quantized" if self._calibration.predecessors else "hidden"
         layers = {layer.path: layer for layer in plan.layers}
         with self._bar("quantize", self._last + 1) as step:
-            if not self._path("trunk", 0, "npz").is_file():
-                self._embed(kind)
+            if not self._walk.path("trunk", 0, "npz").is_file():
+                self._walk.embed(kind)
             for i in range(self._last):
-                if not self._path("trunk", i, "npz").is_file():
+                if not self._walk.path("trunk", i, "npz").is_file():
                     site = self._sites.get(i)
                     self._write_layer(i, plan, layers[site.path] if site is not None else None, write_layer, kind)
                 if kind == "quantized":
-                    self._path(kind, i).unlink(missing_ok=True)
-                    self._path("gradient", i + 1).unlink(missing_ok=True)
+                    self._walk.path(kind, i).unlink(missing_ok=True)
+                    self._walk.path("gradient", i + 1).unlink(missing_ok=True)
                 step(1)
-            if not self._path("trunk", self._last, "npz").is_file():
+            if not self._walk.path("trunk", self._last, "npz").is_file():
                 tensors = self._trunk_of(self._last)
                 _, arrays = self._code_trunk(self._last, plan, self._draw(kind, tensors, keep=None))
-                save_arrays(self._path("trunk", self._last, "npz"), arrays)
+                save_arrays(self._walk.path("trunk", self._last, "npz"), arrays)
             step(1)
 
     def _write_layer(self, i: int, plan: Plan, layer: LayerPlan | None, write_layer: LayerWriter, kind: str) -> None:
@@ -322,8 +303,8 @@ class Passes:
                 write_layer(layer, map(list, zip(*packed, strict=True)))
             if kind == "quantized":
                 self._stream.replace(values.items())
-                self._advance(i, kind)
-        save_arrays(self._path("trunk", i, "npz"), arrays)
+                self._walk.advance(i, kind)
+        save_arrays(self._walk.path("trunk", i, "npz"), arrays)
 
     def _code_trunk(
         self, i: int, plan: Plan, moments: dict[str, Moments]
@@ -345,11 +326,11 @@ class Passes:
         i = self._layer_of[tensor.name]
         if i < 0:
             return None
-        with np.load(self._path("trunk", i, "npz")) as saved:
+        with np.load(self._walk.path("trunk", i, "npz")) as saved:
             codes, scales, biases = (saved[f"{tensor.name}/{field}"] for field in ("codes", "scales", "biases"))
         return Affine(codes, scales, biases, 0.0)
 
-    # -- files and batches ---------------------------------------------------------------------------------------------
+    # -- tensors of a layer --------------------------------------------------------------------------------------------
 
     def _trunk_of(self, i: int) -> list[TrunkTensor]:
         """The quantizable trunk tensors of a layer; behind the last: the head (or the embedding that serves as one);
@@ -360,47 +341,6 @@ class Passes:
         outside = [t for t in quantizable if not t.name.startswith(self._stream.path(0).rpartition(".")[0] + ".")]
         tied = not any(t.tensor_class == "head" for t in outside)
         return [t for t in outside if (t.tensor_class == "embedding" and not tied) == (i == -1)]
-
-    def _path(self, kind: str, i: int, suffix: str = "npy") -> Path:
-        return self._state / f"{kind}-{i}.{suffix}"
-
-    def _batches(self) -> Iterator[slice]:
-        step = max(1, _BATCH_TOKENS // self._tokens.shape[1])
-        for start in range(0, len(self._tokens), step):
-            yield slice(start, min(start + step, len(self._tokens)))
-
-    def _batch(self, rows: slice) -> mx.array:
-        return mx.array(self._tokens[rows])
-
-    def _read(self, kind: str, i: int, rows: slice) -> mx.array:
-        stored = np.load(self._path(kind, i), mmap_mode="r")[rows]
-        array = mx.array(np.ascontiguousarray(stored))
-        return array.view(mx.bfloat16) if stored.dtype == np.uint16 else array
-
-    @contextmanager
-    def _spill(self, kind: str, i: int) -> Iterator[Callable[[slice, mx.array], None]]:
-        """A file [windows, T, D] that is filled batch by batch and gets its name when it is complete. 16-bit floats are
-        stored as bfloat16, whose range gradients need. Without a kind nothing is written."""
-        path, temporary = self._path(kind, i), self._path(kind, i, "tmp")
-        with ExitStack() as stack:
-            stack.callback(temporary.unlink, missing_ok=True)
-            file: BinaryIO | None = None
-
-            def write(rows: slice, array: mx.array) -> None:
-                nonlocal file
-                values = np.array(array if array.dtype == mx.float32 else array.astype(mx.bfloat16).view(mx.uint16))
-                if file is None:
-                    assert rows.start == 0, "batches come in order"
-                    file = stack.enter_context(open(temporary, "wb"))
-                    shape = (len(self._tokens), *array.shape[1:])
-                    header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(values.tobytes())
-
-            yield write
-            if file is not None:
-                file.close()
-                os.replace(temporary, path)
 
     @contextmanager
     def _bar(self, name: str, total: int) -> Iterator[Callable[[int], object]]:

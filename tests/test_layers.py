@@ -39,7 +39,7 @@ CONVERT_LAYERS = [
     ["config", "rotate"],
     ["source", "replicas"],
     ["measure", "stream"],
-    ["stats", "allocate"],
+    ["stats", "allocate", "walk"],
     ["calibrated", "write"],
     ["passes"],
     ["job"],
