@@ -67,6 +67,8 @@ LARGE_CONTEXT = 128  # of the runs under a ceiling of the large model
 IDENTITY_TOKENS = 8  # decoded, after a prompt of several chunks
 RESIDENCIES = (0.25, 0.5, 0.75)
 PREFETCH_TOKENS = 128  # long enough for prefetch.Controller to watch, to try and to judge
+_PREFETCH_FACTS = ("precision", "recall", "trials", "steps_on", "seconds_saved")  # of prefetch.PrefetchReport, in print
+SLOWER = 2.0  # than computing: what reads are slowed down to, to see reading ahead where it may pay
 WARM = 48  # tokens decoded before the time begins: the cache is in the state that decoding keeps it in
 
 
@@ -455,16 +457,27 @@ def _timed(model: nn.Module, tokens: int) -> _Timed:
 
 
 def prefetch(bench: Bench, progress: Callable[[int], object]) -> Section:
-    """Reading ahead against not, over the same tokens, past the page cache: a table, no bar."""
+    """Reading ahead against not, over the same tokens: past the page cache, and with reads slowed down so that they take
+    SLOWER times as long as computing: a table, no bar."""
     source, config = bench.synthetic(bench.config.size), bench.config
     prepared = prepare(source, RuntimeConfig(context=config.context))
-    knobs: dict[str, Any] = {"context": config.context, "exact": True, "direct": True}
-    rows = []
-    for name in ("off", "router", "previous"):
-        knobs |= {"memory": streaming_memory(prepared, RESIDENCIES[0]), "prefetch": name}
-        rows.append({"residency": RESIDENCIES[0], **_decoded(source, PREFETCH_TOKENS, knobs)})
-        progress(1)
+    knobs: dict[str, Any] = {"context": config.context, "exact": True, "direct": True, "read_rate": None}
+    knobs["memory"] = streaming_memory(prepared, RESIDENCIES[0])
+    rows: list[dict[str, Any]] = []
+    for slow in (False, True):
+        if slow:
+            knobs |= {"read_rate": slow_rate(rows[0]), "direct": False}
+        for name in ("off", "router", "previous"):
+            knobs["prefetch"] = name
+            rows.append({"residency": RESIDENCIES[0], **_decoded(source, PREFETCH_TOKENS, knobs)})
+            progress(1)
     return Section([], rows)
+
+
+def slow_rate(row: dict[str, Any]) -> float:
+    """Bytes per second at which reading would take SLOWER times what the run of `row` spent computing."""
+    compute_seconds = (1 - row["wait_share"]) / row["tokens_per_second"]
+    return float(row["nbytes_read"] / (SLOWER * compute_seconds))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -719,8 +732,10 @@ def report_lines(result: dict[str, Any]) -> list[str]:
     """Tables of the sections that have one, then the bars."""
     lines = []
     for name in ("speed", "prefetch", "fidelity", "policies"):
-        rows = result["sections"].get(name, {}).get("rows", [])
-        lines += [f"{name}: " + ", ".join(f"{k} {_short(v)}" for k, v in row.items() if k != "report") for row in rows]
+        for row in result["sections"].get(name, {}).get("rows", []):
+            facts = {key: value for key, value in row.items() if key != "report"}
+            facts |= {key: (row.get("report") or {}).get(key) for key in _PREFETCH_FACTS if row.get("report")}
+            lines.append(f"{name}: " + ", ".join(f"{k} {_short(v)}" for k, v in facts.items()))
     lines += [Bar(**{k: v for k, v in bar.items() if k != "passed"}).line() for bar in result["bars"]]
     return lines
 

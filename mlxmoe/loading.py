@@ -45,7 +45,7 @@ from mlxmoe.models import (
     text_config,
 )
 from mlxmoe.plan import FileEntry, LayerPlan, Plan
-from mlxmoe.reader import DEFAULT_THREADS, Reader, probe
+from mlxmoe.reader import DEFAULT_THREADS, Paced, Reader, probe
 from mlxmoe.repack import Manifest, RepackedStore, repacked_class
 from mlxmoe.residency import Residency, smallest_residency, solve_residency
 from mlxmoe.runtime import DEFAULT_CONTEXT, DEFAULTS, RuntimeConfig
@@ -375,7 +375,8 @@ def _open_streamed(prepared: Prepared, memory: int, config: RuntimeConfig) -> Lo
         source = stack.enter_context(closing(expert_source(prepared)))
         way = _way_of_reading(source, config)
         tokenizer = _read(prepared, memory, streaming.reserve, _trunk_arrays(prepared.model))
-        reader = stack.enter_context(Reader(way.threads, way.direct))
+        preadv = Paced(config.read_rate) if config.read_rate else os.preadv
+        reader = stack.enter_context(Reader(way.threads, way.direct, preadv))
         experts = _stream(prepared, source, reader, streaming.budget, config)
         stack.pop_all()
     share = experts.capacity / experts.total

@@ -88,6 +88,23 @@ class Ticket:
         return self._reader._drop_whole(self)
 
 
+class Paced:
+    """A `preadv` for measurements: a disk that gives all threads together `rate` bytes per second."""
+
+    def __init__(self, rate: float, preadv: Preadv = os.preadv):
+        assert rate > 0
+        self._preadv = preadv
+        self._rate, self._lock, self._free = rate, threading.Lock(), 0.0
+
+    def __call__(self, descriptor: int, buffers: Sequence[WritableBytes], offset: int) -> int:
+        begin = time.monotonic()
+        nbytes = self._preadv(descriptor, buffers, offset)
+        with self._lock:
+            self._free = done = max(self._free, begin) + nbytes / self._rate
+        time.sleep(max(0.0, done - time.monotonic()))
+        return nbytes
+
+
 class Reader:
     """A pool of `threads` daemon threads. `direct`: past the page cache, where the file system allows it."""
 

@@ -41,6 +41,8 @@ class RuntimeConfig:
     pin: float = 0.0
     threads: int | None = None
     direct: bool | None = None
+    # For measurements: bytes per second that reads are slowed down to, as by a slower disk.
+    read_rate: float | None = None
     # Of a reduced model: experts that are chosen often exchange precision with others while it runs. Then output depends on
     # what was said before.
     adapt: bool = False

@@ -191,8 +191,21 @@ def test_speed_has_a_row_for_each_residency_and_way_of_reading(bench: Bench) -> 
 
 def test_prefetch_is_compared_with_none(bench: Bench) -> None:
     rows = memory.prefetch(bench, nothing).rows
-    assert [row["prefetch"] for row in rows] == ["off", "router", "previous"]
-    assert [row["report"] is None for row in rows] == [True, False, False]
+    assert [row["prefetch"] for row in rows] == 2 * ["off", "router", "previous"]
+    assert [row["report"] is None for row in rows] == 2 * [True, False, False]
+    plain, slowed = rows[:3], rows[3:]
+    assert all(row["read_rate"] is None for row in plain)
+    assert len({row["read_rate"] for row in slowed}) == 1
+    # Computing takes as long as before, so waiting is most of the time now
+    assert slowed[0]["wait_share"] > 0.5 > plain[0]["wait_share"]
+    facts = [line for line in report_lines({"sections": {"prefetch": {"rows": rows}}, "bars": []}) if "recall" in line]
+    assert len(facts) == 4
+
+
+def test_reads_are_slowed_down_to_a_multiple_of_computing() -> None:
+    # 0.2 s a token, a quarter of it waiting: 0.15 s of computing, in twice of which 30 MB have to come
+    row = {"tokens_per_second": 5.0, "wait_share": 0.25, "nbytes_read": 30e6}
+    assert memory.slow_rate(row) == pytest.approx(100e6)
 
 
 def test_elastic_has_a_twin_of_the_same_bytes(bench: Bench) -> None:

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxmoe.errors import UserError
-from mlxmoe.reader import PROBE_THREADS, Probe, Rate, Read, Reader, choose, probe
+from mlxmoe.reader import PROBE_THREADS, Paced, Probe, Rate, Read, Reader, choose, probe
 from mlxmoe.store import PAGE, Check, Part, Span, StoreFile
 
 NBYTES = 40 * PAGE + 123
@@ -690,3 +690,22 @@ def test_probe_of_a_truncated_file(path: Path, file: StoreFile) -> None:
 def test_choice_of_the_probe(rates: list[tuple[bool, int, float]], direct: bool, threads: int) -> None:
     assert choose([Rate(*rate) for rate in rates])[:2] == (direct, threads)
     assert isinstance(choose([Rate(*rate) for rate in rates]), Probe)
+
+
+def test_a_paced_disk_gives_all_threads_together_its_rate(path: Path) -> None:
+    """Four threads read 1,000 bytes each at 40,000 bytes a second: the last of them is done after a tenth of a second."""
+    paced, begin = Paced(40_000), time.monotonic()
+    ends: list[float] = []
+    descriptor = os.open(path, os.O_RDONLY)
+
+    def read() -> None:
+        assert paced(descriptor, [bytearray(1000)], 0) == 1000
+        ends.append(time.monotonic() - begin)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.close(descriptor)
+    assert all(end >= 0.025 * (i + 1) for i, end in enumerate(sorted(ends)))
