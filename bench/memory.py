@@ -39,19 +39,8 @@ from mlxmoe.bench.timing import Ratio, Spread, interleave
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, evaluate, read_text
-from mlxmoe.loading import (
-    PREFILL_UNIT,
-    Loaded,
-    LoadReport,
-    Prepared,
-    choose_residency,
-    full_memory,
-    machine_memory,
-    open_model,
-    prepare,
-    smallest_memory,
-    smallest_streaming,
-)
+from mlxmoe.loading import (Loaded, LoadReport, open_model)
+from mlxmoe.prepared import (PREFILL_UNIT, Prepared, choose_residency, full_memory, machine_memory, prepare, smallest_memory, smallest_streaming)
 from mlxmoe.machine import machine_facts, peak_rss
 from mlxmoe.models import expert_sites
 from mlxmoe.policies import OFFLINE, POLICIES

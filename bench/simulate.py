@@ -40,7 +40,7 @@ from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, choose_windows, evaluate, remembered
 from mlxmoe.formats import MatrixShape, choose_group_size
 from mlxmoe.gates import gate_scores
-from mlxmoe.loading import open_model
+from mlxmoe.loading import (open_model)
 
 COMBINATIONS = ("mean", "variance", "learned", "selective")
 _SAMPLE = 1024  # inputs kept of every matrix, for fitted rotations and combining weights

@@ -37,7 +37,7 @@ from mlxmoe.convert.stream import Backward, LayerStream
 from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.write import Packed, save_arrays
 from mlxmoe.errors import UserError
-from mlxmoe.loading import open_model
+from mlxmoe.loading import (open_model)
 from mlxmoe.models import ExpertSite
 from mlxmoe.plan import LayerPlan, Plan
 

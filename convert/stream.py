@@ -26,7 +26,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlxmoe.convert.source import Source
 from mlxmoe.errors import UserError
-from mlxmoe.loading import activation_dtype
+from mlxmoe.prepared import (activation_dtype)
 from mlxmoe.models import named_arrays
 
 

@@ -30,8 +30,9 @@ from mlxmoe.kernel_choice import (
     run_checks,
 )
 from mlxmoe.kernels import MetalKernels
-from mlxmoe.loading import RuntimeConfig, machine_memory, open_model
+from mlxmoe.loading import RuntimeConfig, open_model
 from mlxmoe.machine import machine_facts
+from mlxmoe.prepared import machine_memory
 from mlxmoe.units import format_size
 
 _PACKAGES = ("mlxmoe", "mlx", "mlx-metal", "mlx-lm", "numpy", "transformers", "safetensors", "huggingface-hub")

@@ -29,9 +29,10 @@ from mlxmoe.arguments import add_model_arguments, note, print_json
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import read_text
 from mlxmoe.experts import ExpertLayer
-from mlxmoe.loading import Prepared, expert_source, open_model, prepare
+from mlxmoe.loading import expert_source, open_model
 from mlxmoe.models import named_arrays
 from mlxmoe.policies import CacheChoice, LayerChoice, save_choice
+from mlxmoe.prepared import Prepared, prepare
 from mlxmoe.reader import probe
 from mlxmoe.replay import Budget, Study, frequencies
 from mlxmoe.runtime import RuntimeConfig

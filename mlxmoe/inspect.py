@@ -8,9 +8,11 @@ from typing import Any
 
 from mlxmoe.arguments import add_model_arguments, print_json
 from mlxmoe.experts import ExpertLayer
-from mlxmoe.loading import (
+from mlxmoe.loading import RuntimeConfig
+from mlxmoe.models import max_context, num_experts_per_token
+from mlxmoe.plan import Plan
+from mlxmoe.prepared import (
     Prepared,
-    RuntimeConfig,
     choose_residency,
     full_memory,
     machine_memory,
@@ -18,8 +20,6 @@ from mlxmoe.loading import (
     smallest_memory,
     smallest_streaming,
 )
-from mlxmoe.models import max_context, num_experts_per_token
-from mlxmoe.plan import Plan
 from mlxmoe.units import format_size, parse_size
 
 _STEPS = 6  # budgets shown between the smallest that works and everything resident

@@ -34,8 +34,8 @@ from mlxmoe.bench.memory import (
 )
 from mlxmoe.bench.reads import SyntheticShape
 from mlxmoe.errors import UserError
-from mlxmoe.loading import full_memory, prepare, smallest_memory, smallest_streaming
 from mlxmoe.policies import OFFLINE, POLICIES
+from mlxmoe.prepared import full_memory, prepare, smallest_memory, smallest_streaming
 from mlxmoe.runtime import RuntimeConfig
 
 # Experts weigh more than what is kept free for buffers

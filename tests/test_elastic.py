@@ -18,8 +18,9 @@ from mlxmoe.errors import UserError
 from mlxmoe.experts import ExpertLayer, KernelExperts
 from mlxmoe.formats import MatrixShape
 from mlxmoe.kernels import PlaneBank, ReferenceKernels
-from mlxmoe.loading import Loaded, RuntimeConfig, full_memory, open_model, smallest_memory
+from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.plan import ExpertEntry, LayerPlan
+from mlxmoe.prepared import full_memory, smallest_memory
 from mlxmoe.pressure import PressureWatch
 from mlxmoe.residency import Swap, choose_swaps, solve_residency
 from mlxmoe.session import Engine

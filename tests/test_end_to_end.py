@@ -18,7 +18,8 @@ from mlxmoe.expert_memory import ExpertMemory
 from mlxmoe.experts import KernelExperts
 from mlxmoe.kernel_choice import Choice, LayerShape
 from mlxmoe.kernels import PHASES, MetalKernels, ReferenceKernels
-from mlxmoe.loading import Loaded, RuntimeConfig, full_memory, open_model, prepare, smallest_memory
+from mlxmoe.loading import Loaded, RuntimeConfig, open_model
+from mlxmoe.prepared import full_memory, prepare, smallest_memory
 
 PROMPT = "Once upon a time"
 TOKENS = 32
@@ -159,7 +160,7 @@ def test_a_phase_of_a_quantized_checkpoint_may_stay_with_the_built_ins(
         asked.append(layers)
         return Choice(Watched(), "as measured", phases)
 
-    monkeypatch.setattr(loading, "select_all", select_all)
+    monkeypatch.setattr("mlxmoe.prepared.select_all", select_all)
     ours = open_model(stock)
     assert greedy(ours, 4) == greedy(open_model(stock, RuntimeConfig(kernels=None)), 4)
     assert called == set(phases)

@@ -29,8 +29,9 @@ from mlxmoe.explain import (
     trunk_bytes_per_token,
     write_report,
 )
-from mlxmoe.loading import Prepared, open_model, prepare
+from mlxmoe.loading import open_model
 from mlxmoe.policies import load_choice
+from mlxmoe.prepared import Prepared, prepare
 from mlxmoe.replay import Study
 from mlxmoe.runtime import RuntimeConfig
 from mlxmoe.trace import Trace, TraceConfig, load_trace, read_text, record_texts, save_trace

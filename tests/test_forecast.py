@@ -15,8 +15,9 @@ from toy_checkpoints import convert, load_plan, prepare, write_qwen3
 
 from mlxmoe.cli import main
 from mlxmoe.errors import UserError
-from mlxmoe.loading import RuntimeConfig, full_memory, open_model, smallest_memory
+from mlxmoe.loading import RuntimeConfig, open_model
 from mlxmoe.plan import Forecast, Plan
+from mlxmoe.prepared import full_memory, smallest_memory
 
 
 @pytest.fixture(scope="module")

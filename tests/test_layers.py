@@ -26,6 +26,7 @@ PACKAGE_LAYERS = [
     ["arena"],
     ["streaming", "runtime"],
     ["expert_memory", "elastic"],
+    ["prepared"],
     [LOADER],
     ["upkeep"],
     ["session", "evaluate", "inspect", "doctor"],

@@ -24,7 +24,7 @@ from toy_checkpoints import (
 )
 
 from mlxmoe.errors import UserError
-from mlxmoe.loading import full_memory, smallest_memory
+from mlxmoe.prepared import full_memory, smallest_memory
 
 CONTEXT = 384
 
@@ -32,7 +32,7 @@ CONTEXT = 384
 _RUN = """
 import json, sys
 import mlx.core as mx
-from mlxmoe.loading import RuntimeConfig, open_model
+from mlxmoe.loading import (RuntimeConfig, open_model)
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import make_prompt_cache
 source, memory, context = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

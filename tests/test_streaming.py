@@ -22,8 +22,9 @@ from mlxmoe import loading
 from mlxmoe.cli import main
 from mlxmoe.errors import UserError
 from mlxmoe.expert_memory import ExpertMemory, LayerBytes, choose_pinned, split_budget
-from mlxmoe.loading import Loaded, RuntimeConfig, full_memory, open_model, smallest_streaming
+from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.policies import POLICIES
+from mlxmoe.prepared import expert_layers, full_memory, smallest_streaming
 from mlxmoe.reader import Reader
 from mlxmoe.streaming import Beside, group_pairs
 
@@ -224,7 +225,7 @@ def test_a_graph_that_was_not_evaluated_keeps_its_experts(sources: dict[str, Pat
         loaded = stream(sources[source])
         (layer, *_) = experts(loaded).layers
         resident = open_model(sources[source], RuntimeConfig(1 << 30, CONTEXT)).model
-        (twin, *_) = loading._expert_layers(resident).values()
+        (twin, *_) = expert_layers(resident).values()
         rng = np.random.default_rng(0)
         x = mx.array(rng.standard_normal((1, 64)).astype(np.float32))
         choices = [mx.array(rng.choice(24, (1, 4), replace=False).astype(np.uint32)) for _ in range(12)]
@@ -432,7 +433,7 @@ def test_random_steps(monkeypatch: pytest.MonkeyPatch, sources: dict[str, Path],
     loaded = stream(sources[source], 0.1, threads=2)
     memory = experts(loaded)
     resident = open_model(sources[source], RuntimeConfig(1 << 30, CONTEXT)).model
-    pairs = list(zip(memory.layers, loading._expert_layers(resident).values(), strict=True))
+    pairs = list(zip(memory.layers, expert_layers(resident).values(), strict=True))
     x = mx.array(np.random.default_rng(1).standard_normal((6, 64)).astype(np.float32))
     full = sum(sum(shape.sizes) for shape in prepare(sources[source]).streamed_shapes)
     failed = 0

@@ -23,7 +23,8 @@ from mlxmoe.cli import main
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import Text
 from mlxmoe.kernels import ReferenceKernels
-from mlxmoe.loading import Loaded, open_model, prepare, smallest_streaming
+from mlxmoe.loading import Loaded, open_model
+from mlxmoe.prepared import prepare, smallest_streaming
 from mlxmoe.runtime import RuntimeConfig
 from mlxmoe.trace import PROMPTS, Trace, TraceConfig, load_trace, observed, record, record_texts, save_trace
 

@@ -20,9 +20,10 @@ from mlx.utils import tree_flatten
 from vectors.weights import tensor
 
 from mlxmoe.bench.checkpoint import CheckpointShape, write_checkpoint, write_tokenizer
-from mlxmoe.loading import RuntimeConfig, choose_residency, load, open_model, prepare  # noqa: F401 (one place)
+from mlxmoe.loading import RuntimeConfig, load, open_model  # noqa: F401 (one place)
 from mlxmoe.models import model_classes
 from mlxmoe.plan import ExpertEntry, LayerPlan, Plan
+from mlxmoe.prepared import choose_residency, prepare  # noqa: F401 (one place)
 from mlxmoe.store import TensorInfo, read_header
 
 VECTORS = Path(__file__).resolve().parent / "vectors"
