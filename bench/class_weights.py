@@ -19,7 +19,7 @@ from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.quantize import affine_search, clip_search, encode
 from mlxmoe.convert.source import Source
 from mlxmoe.evaluate import EvalConfig, evaluate, remembered
-from mlxmoe.loading import (open_model)
+from mlxmoe.loading import open_model
 from mlxmoe.models import named_arrays
 
 BITS = (3, 4)

@@ -94,7 +94,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     from mlxmoe.bench.decode import fixed_prompt, measure
     from mlxmoe.bench.timing import Ratio, interleave
     from mlxmoe.checkpoint import open_checkpoint
-    from mlxmoe.loading import (RuntimeConfig, open_model)
+    from mlxmoe.loading import RuntimeConfig, open_model
     from mlxmoe.machine import machine_facts, peak_rss
     from mlxmoe.models import num_experts_per_token
 

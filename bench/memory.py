@@ -39,11 +39,20 @@ from mlxmoe.bench.timing import Ratio, Spread, interleave
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, evaluate, read_text
-from mlxmoe.loading import (Loaded, LoadReport, open_model)
-from mlxmoe.prepared import (PREFILL_UNIT, Prepared, choose_residency, full_memory, machine_memory, prepare, smallest_memory, smallest_streaming)
+from mlxmoe.loading import Loaded, LoadReport, open_model
 from mlxmoe.machine import machine_facts, peak_rss
 from mlxmoe.models import expert_sites
 from mlxmoe.policies import OFFLINE, POLICIES
+from mlxmoe.prepared import (
+    PREFILL_UNIT,
+    Prepared,
+    choose_residency,
+    full_memory,
+    machine_memory,
+    prepare,
+    smallest_memory,
+    smallest_streaming,
+)
 from mlxmoe.replay import Study
 from mlxmoe.runtime import RuntimeConfig
 from mlxmoe.trace import PROMPTS, TraceConfig, record_texts
