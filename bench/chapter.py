@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlxmoe.arguments import note, print_json
-from mlxmoe.bench.simulate import COMBINATIONS, Recipe, Score, Simulation, Site, Variant, agreement
+from mlxmoe.bench.simulate import COMBINATIONS, Recipe, Score, Simulation, Site, Variant, agreement, progressing
 from mlxmoe.cli import main
 from mlxmoe.convert.calibrate import file_sha256
 from mlxmoe.convert.gptq import output_errors
@@ -36,15 +36,15 @@ from mlxmoe.convert.replicas import (
     adaptive_budgets,
     benefit,
     choose_replicated,
-    copy_settings,
     group,
     sensitivity,
     vote,
 )
-from mlxmoe.convert.rotate import choose_rotation, fits, massive_tokens
+from mlxmoe.convert.rotate import choose_rotation, massive_tokens
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import read_text
 from mlxmoe.formats import choose_group_size
+from mlxmoe.rotation import fits
 from mlxmoe.work import write_whole
 
 Value = str | int | float
@@ -554,18 +554,7 @@ def table_gain(bench: Bench) -> Table:
 
 def _with_settings(simulation: Simulation, strategy: str, rotation: str) -> Variant:
     """Two copies whose settings differ as a strategy of the chapter has it."""
-    recipes = [
-        Recipe(
-            rotation=rotation,
-            seed=s.rotation,
-            shift=s.shift,
-            stochastic=s.stochastic,
-            activation_bits=s.activation_bits,
-            activation_clip=s.clip,
-            group_size=s.group_size,
-        )
-        for s in copy_settings(2, strategy)
-    ]
+    recipes = progressing(Recipe(rotation=rotation), 2, strategy)
     name = f"2 copies of 2 bit, strategy {strategy}"
     return Variant(name, recipes[0], copies=all_copies(simulation, 2), extra=(recipes[1],))
 

@@ -54,32 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="with --compare: the stock model, as an MLX checkpoint or a folder to quantize (default: made from MODEL)",
     )
-    parser.add_argument(
-        "--convert-memory",
-        nargs="?",
-        const="1GB",
-        metavar="SIZE",
-        help="measure the converter's peak memory on a synthetic checkpoint of SIZE instead (default: 1GB)",
-    )
-    parser.add_argument(
-        "--layers", type=int, default=64, metavar="N", help="layers of that checkpoint (default: %(default)s)"
-    )
-    parser.add_argument("--bpw", type=float, default=3.0, help="bits per weight of that conversion (default: 3)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.convert_memory:
-        from mlxmoe.bench.convert_memory import convert_memory, report_lines
-
-        if args.layers < 1:
-            raise UserError(f"--layers is {args.layers}, expected 1 or more", "leave --layers out for the default")
-        result = convert_memory(parse_size(args.convert_memory), args.layers, args.bpw)
-        lines = report_lines(result)
-    else:
-        result = bench(args)
-        lines = speed_lines(result)
-    print("\n".join(lines))
+    result = bench(args)
+    print("\n".join(speed_lines(result)))
     if args.json:
         print_json(result)
     return 0

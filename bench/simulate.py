@@ -1,6 +1,6 @@
 """Fake quantization: an unconverted model whose expert and router weights are replaced by what a code would give back.
 
-For ablations that the converter and the runtime do not carry: the chapter's rotations, replicas, quantizer parameters,
+For ablations beyond what converted files hold: the chapter's rotations and replicas side by side, quantizer parameters,
 activation and router quantization (bench/chapter.py makes its tables). A Variant says what is stored and counts its bytes;
 `Simulation` computes the values, puts them into the model for as long as a context lasts, and scores it by evaluate.py.
 Attention, embeddings, head and dense layers stay as they are in the checkpoint and are left out of the bytes.
@@ -28,19 +28,29 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxmoe.checkpoint import open_checkpoint
+from mlxmoe.convert.awq import Projection, degree, scaled_columns, search_scales
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, read_documents
 from mlxmoe.convert.gptq import curvature, decoded, output_errors, quantize, symmetric_code
-from mlxmoe.convert.quantize import affine_search, clip_search
-from mlxmoe.convert.replicas import Selector, fit_selector, learned_weights, mean_weights, variance_weights
-from mlxmoe.convert.rotate import GAMMAS, Rotation, adaptive, make_rotation, rotate, rotate_moments, unrotate
+from mlxmoe.convert.quantize import WIDTHS, affine_search, clip_search, output_clip_search
+from mlxmoe.convert.replicas import (
+    Selector,
+    copy_settings,
+    fit_selector,
+    learned_weights,
+    mean_weights,
+    runtime_weights,
+    variance_weights,
+)
+from mlxmoe.convert.rotate import adaptive, make_rotation
 from mlxmoe.convert.source import PROJECTIONS, Source, TrunkTensor
 from mlxmoe.convert.stats import Accumulator, Moments
 from mlxmoe.convert.stream import LayerStream, Record
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, choose_windows, evaluate, remembered
-from mlxmoe.formats import MatrixShape, choose_group_size
+from mlxmoe.formats import GROUP_SIZES, LEVELS, MatrixShape, choose_group_size
 from mlxmoe.gates import gate_scores
-from mlxmoe.loading import (open_model)
+from mlxmoe.loading import open_model
+from mlxmoe.rotation import GAMMAS, NAMES, Rotation, fits, rotate, rotate_moments, unrotate
 
 COMBINATIONS = ("mean", "variance", "learned", "selective")
 _SAMPLE = 1024  # inputs kept of every matrix, for fitted rotations and combining weights
@@ -85,6 +95,9 @@ class Recipe:
     affine: a scale and a bias from both ends. clip: the ends shrunk to the least squared error (convert/quantize.py).
     offset: the grid of each group shifted by the best of four quarters of a step. shift: of every grid, in steps.
     feedback: GPTQ and coordinate descent on the statistics (convert/gptq.py), on the clipped symmetric grid.
+    output_clip: the symmetric grid's clip by the error of the outputs (convert/quantize.py). awq: the last projection's
+    columns coded behind activation-aware scales (convert/awq.py), which cost no bytes.
+    activation_bits: of the inputs, per token; 16 for none. Raises UserError for what does not go together.
     """
 
     bits: int = 2
@@ -95,10 +108,45 @@ class Recipe:
     offset: bool = False
     shift: float = 0.0
     feedback: bool = False
+    output_clip: bool = False
+    awq: bool = False
     rotation: str = "none"
     activation_bits: int = 16
     activation_clip: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        widths = LEVELS if self.feedback else WIDTHS
+        _one_of("bits", self.bits, widths)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("rotation", self.rotation, NAMES)
+        _one_of("activation_bits", self.activation_bits, range(2, 17))
+        _within("shift", self.shift, -1.0, 1.0)
+        _within("activation_clip", self.activation_clip, 0.05, 1.0)
+        others = ("affine", "stochastic", "offset", "shift")
+        clashes = [(first, second) for first in ("feedback", "output_clip") for second in others]
+        for first, second in [
+            *clashes,
+            ("feedback", "output_clip"),
+            ("clip", "output_clip"),
+            ("offset", "shift"),
+            ("awq", "rotation"),
+        ]:
+            if getattr(self, first) and getattr(self, second) not in (False, 0.0, "none"):
+                raise UserError(f"{first} and {second} do not go together", "leave one of them out")
+
+
+def _one_of(key: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        listed = ", ".join(map(str, allowed))
+        raise UserError(f"{key} = {value!r} is not one of {listed}", f"choose one of them for {key}")
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # not a number is not within either
+        raise UserError(
+            f"{key} = {value!r} is not between {low:g} and {high:g}", f"give a number between them for {key}"
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +155,8 @@ class Variant:
 
     copies and bits: by path of the site, int [E]; absent: one copy, the recipe's bits. A further copy takes the next of
     `extra` in place of the recipe, seeds apart. combine: one of COMBINATIONS; "learned" with one copy is a gain for every
-    expert. layers: None for all; others stay as they are. experts False: no expert is touched. router_bits: of the router's
+    expert. conservative: equal weights where the chapter's rule asks for it (replicas.py), by the inputs of the calibration
+    text. layers: None for all; others stay as they are. experts False: no expert is touched. router_bits: of the router's
     matrix, affine, groups of 64.
     """
 
@@ -117,9 +166,17 @@ class Variant:
     bits: Mapping[str, np.ndarray] = field(default_factory=dict)
     extra: tuple[Recipe, ...] = ()
     combine: str = "mean"
+    conservative: bool = False
     layers: frozenset[int] | None = None
     experts: bool = True
     router_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("combine", self.combine, COMBINATIONS)
+        if self.router_bits is not None:
+            _one_of("router_bits", self.router_bits, WIDTHS)
+        if self.conservative and self.combine == "selective":
+            raise UserError("conservative and combine = 'selective' do not go together", "leave one of them out")
 
     def recipes(self, count: int) -> list[Recipe]:
         """One for each of `count` copies."""
@@ -128,6 +185,22 @@ class Variant:
             given[i] if i < len(given) else replace(given[-1], seed=given[-1].seed + i - len(given) + 1)
             for i in range(count)
         ]
+
+
+def progressing(recipe: Recipe, count: int, strategy: str) -> list[Recipe]:
+    """Recipes of `count` copies whose settings differ as a strategy of the chapter has it (replicas.py)."""
+    return [
+        replace(
+            recipe,
+            seed=recipe.seed + settings.rotation,
+            shift=settings.shift,
+            stochastic=settings.stochastic,
+            activation_bits=settings.activation_bits,
+            activation_clip=settings.clip,
+            group_size=settings.group_size,
+        )
+        for settings in copy_settings(count, strategy)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,10 +259,18 @@ def coded_stack(stack: np.ndarray, bits: np.ndarray, recipe: Recipe, moments: np
         chosen = np.flatnonzero(bits == width)
         if recipe.feedback:
             result[chosen] = _with_feedback(stack[chosen], moments[chosen], int(width), group_size)
+        elif recipe.output_clip:
+            result[chosen] = _clipped(stack[chosen], moments[chosen], int(width), group_size)
         else:
             groups = stack[chosen].reshape(-1, group_size)
             result[chosen] = coded_groups(groups, int(width), recipe).reshape(stack[chosen].shape)
     return result
+
+
+def _clipped(stack: np.ndarray, moments: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+    scales = output_clip_search(stack, moments, bits, group_size).reshape(-1, 1)
+    groups = stack.reshape(-1, group_size)
+    return round_to_grid(groups, scales, scales * (-((1 << bits) - 1) / 2), bits).reshape(stack.shape)
 
 
 def _with_feedback(stack: np.ndarray, moments: np.ndarray, bits: int, group_size: int) -> np.ndarray:
@@ -474,11 +555,21 @@ class Simulation:
 
     def values(self, site: Site, shape: MatrixShape, recipe: Recipe, bits: np.ndarray) -> np.ndarray:
         """float32 [E, N, K]: what one copy of a projection stands for, rotated back."""
+        if recipe.awq and shape is site.shapes[-1]:
+            return self._balanced(site, shape, recipe, bits)
         rotation = self.rotation(site, shape, recipe)
         hessian = self.statistics[site.path].moments[shape.name].hessian
-        moments = rotate_moments(hessian, rotation) if recipe.feedback else hessian
+        moments = rotate_moments(hessian, rotation) if recipe.feedback or recipe.output_clip else hessian
         stack = rotate(self.weight(site, shape.name), rotation)
         return unrotate(coded_stack(stack, bits, recipe, moments), rotation)
+
+    def _balanced(self, site: Site, shape: MatrixShape, recipe: Recipe, bits: np.ndarray) -> np.ndarray:
+        """What a last projection stands for that is coded behind activation-aware scales, with the scales taken back."""
+        matrix = Projection(self.weight(site, shape.name), self.statistics[site.path].moments[shape.name])
+        rounding = replace(recipe, feedback=False, clip=recipe.clip or recipe.feedback)
+        scales = search_scales(matrix, lambda m: coded_stack(m.stack, bits, rounding, m.moments.hessian)).scales
+        scaled = scaled_columns(matrix, scales)
+        return coded_stack(scaled.stack, bits, recipe, scaled.moments.hessian) / scales[:, None]
 
     def _copy(self, site: Site, recipe: Recipe, bits: np.ndarray) -> nn.Module:
         """A module of one copy of all experts. The last ones made are kept."""
@@ -522,7 +613,10 @@ class Simulation:
         errors = np.stack([self._error(site, m) if by_variance else np.zeros(site.num_experts) for m in copies])
         weights = np.zeros((len(copies), site.num_experts))
         for e, count in enumerate(counts):
-            weights[:count, e] = self._weights(site, variant.combine, copies[:count], errors[:count, e], e)
+            found = self._weights(site, variant.combine, copies[:count], errors[:count, e], e)
+            if variant.conservative:
+                found = runtime_weights(found, np.linalg.norm(self._inputs_of(site, e), axis=1), known_domain=True)
+            weights[:count, e] = found
         selector = self._selector(site, copies) if variant.combine == "selective" else None
         return Copies(copies, weights, selector)
 
@@ -595,9 +689,24 @@ class Simulation:
 
     # -- scores ----------------------------------------------------------------------------------------------------------
 
+    def check(self, variant: Variant) -> None:
+        """Raises UserError for a variant that cannot be had of this model."""
+        touched = self.touched(variant)
+        for recipe in (variant.recipe, *variant.extra):
+            for site in touched:
+                for shape in site.shapes:
+                    if not fits(recipe.rotation, shape.columns):
+                        raise UserError(
+                            f"rotation = {recipe.rotation!r} does not fit the {shape.columns} columns of {shape.name}",
+                            "random and, where 64 divides the columns, block-hadamard-64 do",
+                        )
+                if recipe.awq and not site.shared:
+                    degree(self._modules[site.path])
+
     @contextmanager
     def applied(self, variant: Variant) -> Iterator[nn.Module]:
         """The model with the variant in it, while the context lasts."""
+        self.check(variant)
         sites = self.touched(variant)
         replaced = [(site.path, self.module(site, variant)) for site in sites]
         routers = self._quantized_routers(variant.router_bits) if variant.router_bits else []

@@ -18,12 +18,15 @@ import numpy as np
 from mlxmoe.budget import Option, allocate, smallest_nbytes
 from mlxmoe.convert.config import DEFAULT_RULES, LOWEST_CALIBRATED_BITS, LOWEST_TRUNK_BITS, ConvertConfig, Rule
 from mlxmoe.convert.measure import ExpertErrors, TrunkErrors, TrunkFormat, candidate_formats
-from mlxmoe.convert.sensitivity import CLASS_WEIGHTS, expert_weights, trunk_weight
+from mlxmoe.convert.replicas import copies_per_expert, copy_seeds
+from mlxmoe.convert.sensitivity import CLASS_WEIGHTS, expert_benefits, expert_weights, score_losses, trunk_weight
 from mlxmoe.convert.source import Source, TrunkTensor
+from mlxmoe.convert.strategies import by_benefit, by_score, tie, untie
 from mlxmoe.errors import UserError
-from mlxmoe.formats import MatrixShape, num_planes, words_per_row
-from mlxmoe.plan import ExpertEntry, FileEntry, LayerPlan, Plan, TrunkEntry
-from mlxmoe.store import encode_header, layer_file_nbytes, layer_records
+from mlxmoe.formats import ABSENT, MatrixShape, num_planes, words_per_row
+from mlxmoe.plan import ExpertEntry, FileEntry, LayerPlan, Plan, Replicas, TrunkEntry
+from mlxmoe.rotation import LayerRotations
+from mlxmoe.store import encode_header, layer_file_nbytes, layer_records, rotation_matrices
 from mlxmoe.units import format_size
 
 _FIT_STEPS = 24  # allocations tried until the folder's size is within a thousandth below what was asked
@@ -122,6 +125,7 @@ class Allocator:
         self._experts = experts
         self._expert_weights = self._weigh_experts()
         self._trunk_weights = self._weigh_trunk()
+        self._copies = self._count_copies()
         # (site index, projection, expert) of each expert item, in the order of the options
         self._keys = [
             (i, p, e)
@@ -154,19 +158,35 @@ class Allocator:
             ]
         return weights
 
+    def _expert_losses(self) -> list[np.ndarray]:
+        """[P, E, levels] of every site, of one copy of every expert."""
+        losses = []
+        for i, site in enumerate(self._source.sites):
+            measured = self._experts[site.layer]
+            norms = np.where(measured.norms, measured.norms, 1.0)
+            losses.append((np.array(self._expert_weights[i]) / norms)[..., None] * measured.errors)
+        return losses
+
+    def _count_copies(self) -> list[np.ndarray]:
+        """int [E] of every site."""
+        if self._config.replicas is None:
+            return [np.ones(site.num_experts, int) for site in self._source.sites]
+        costs = [losses[..., 0].sum(axis=0) for losses in self._expert_losses()]
+        return copies_per_expert(self._config.replicas, costs, self._config.seed)
+
     def _expert_options(self) -> list[list[Option]]:
+        """As if the errors of copies were independent: their mean has that much less."""
+        losses = zip(self._expert_losses(), self._copies, strict=True)
+        return self._options_of([loss / copies[:, None] for loss, copies in losses])
+
+    def _options_of(self, losses: Sequence[np.ndarray]) -> list[list[Option]]:
+        """Options of every expert matrix, in the order of the keys, from losses [P, E, levels] of every site."""
         items = []
         for i, p, e in self._keys:
-            site = self._source.sites[i]
-            shape = self._source.shapes[site.path][p]
-            measured, weight = self._experts[site.layer], self._expert_weights[i][p][e]
-            norm = measured.norms[p, e] or 1.0
-            items.append(
-                [
-                    Option(level, _matrix_nbytes(shape, level), weight * measured.errors[p, e, j] / norm)
-                    for j, level in enumerate(self._config.expert_levels)
-                ]
-            )
+            shape = self._source.shapes[self._source.sites[i].path][p]
+            values = zip(self._config.expert_levels, losses[i][p, e], strict=True)
+            copies = int(self._copies[i][e])
+            items.append([Option(level, copies * _matrix_nbytes(shape, level), float(loss)) for level, loss in values])
         return items
 
     def _trunk_options(self, rules: dict[str, Rule]) -> list[list[Option]]:
@@ -183,6 +203,29 @@ class Allocator:
                 ]
             )  # fmt: skip
         return items
+
+    def _choose(self, items: list[list[Option]], budget: int) -> list[Option]:
+        """One option for every item, by the configured method. What is not `measured` by the loss itself is about experts:
+        it shares out the bytes that the loss gives to all of them, and leaves the trunk as it is.
+
+        Raises ValueError when even the smallest options exceed the budget.
+        """
+        how, count = self._config.allocation, len(self._keys)
+        experts, trunk = items[:count], items[count:]
+        if how.method == "uniform":
+            tied = tie(experts, [(i, p) for i, p, _ in self._keys])
+            chosen = allocate(tied.items + trunk, budget)
+            return untie(chosen[: len(tied.items)], tied, experts) + chosen[len(tied.items) :]
+        chosen = allocate(items, budget)
+        layers = [self._experts[site.layer] for site in self._source.sites]
+        left = sum(option.nbytes for option in chosen[:count])
+        if how.method == "benefit":
+            benefits = [float(b) for layer in expert_benefits(how, layers) for b in layer]
+            starts = np.cumsum([0, *(site.num_experts for site in self._source.sites)])
+            return by_benefit(experts, [int(starts[i]) + e for i, _, e in self._keys], benefits, left) + chosen[count:]
+        if how.sensitivity != "fisher":
+            return by_score(experts, self._options_of(score_losses(how, layers)), left) + chosen[count:]
+        return chosen
 
     def check_size(self) -> None:
         """Raises UserError when the smallest possible folder is larger than asked. Needs no measurements."""
@@ -203,6 +246,8 @@ class Allocator:
         notes: list[str] = []
         # Errors that were measured on one scale need no rule per class.
         rules = self._lowered() if self._config.calibration else {**DEFAULT_RULES, **self._config.rules}
+        if self._config.allocation.method == "benefit":  # shared experts come first, always
+            rules = {**rules, "shared": self._config.rules.get("shared", (DEFAULT_RULES["shared"][1],) * 2)}
         decision = self._fit(target, rules)
         if decision is None:
             notes.append(
@@ -240,7 +285,7 @@ class Allocator:
         # then halve the interval between a budget that fits and one that does not.
         budget, low, high = min(target - (best.nbytes - smallest), widest), smallest, widest + 1
         for step in range(_FIT_STEPS):
-            decision = self._assemble(allocate(items, budget))
+            decision = self._assemble(self._choose(items, budget))
             miss = target - decision.nbytes
             if miss < 0:
                 high = budget
@@ -279,17 +324,35 @@ class Allocator:
     def _layer(self, i: int, by_key: dict[tuple[int, int, int], Option]) -> LayerPlan:
         site = self._source.sites[i]
         shapes = self._source.shapes[site.path]
+        most = 1 if self._config.replicas is None else self._config.replicas.copies
         experts = []
-        for e in range(site.num_experts):
-            levels = tuple(by_key[i, p, e].label for p in range(len(shapes)))
+        for e, copies in enumerate(self._copies[i].tolist()):
+            levels = tuple(by_key[i, p, e].label for p in range(len(shapes))) * copies
+            levels += (ABSENT,) * (len(shapes) * most - len(levels))
             # What is only known from the codes (write.py) is counted at its longest; the file is filled up with spaces.
             measures = [num_planes(level) for level in levels]
             errors = tuple((_LONGEST,) * n for n in measures)
-            gains = tuple((_LONGEST,) * (n - 1) for n in measures)
+            gains = tuple((_LONGEST,) * max(n - 1, 0) for n in measures)
             experts.append(ExpertEntry(levels, errors, gains, (2**32 - 1,) * num_planes(max(levels))))
-        weights = tuple(tuple(w) for w in self._expert_weights[i])
         file = f"experts-{i + 1:05d}-of-{len(self._source.sites):05d}.safetensors"
-        return LayerPlan(site.layer, site.path, site.kind, file, shapes, weights, tuple(experts))
+        rotations = self._experts[site.layer].rotations
+        weights = tuple(tuple(w) for w in self._expert_weights[i])
+        layer = LayerPlan(site.layer, site.path, site.kind, file, shapes, weights, tuple(experts), rotations)
+        return layer if most == 1 else self._replicated(layer, self._copies[i], most)
+
+    def _replicated(self, layer: LayerPlan, copies: np.ndarray, most: int) -> LayerPlan:
+        """With the projections of further copies. An error of one of k copies counts 1/k^2: their outputs are averaged."""
+        shares = [np.where(copy < copies, 1.0 / copies, 0.0) for copy in range(most)]
+        seeds = copy_seeds(layer.rotations.hidden.name, layer.rotated_columns[1], most, self._config.seed)
+        rules = tuple(LayerRotations(*(rule._replace(seed=seed) for rule in layer.rotations)) for seed in seeds[1:])
+        shapes = [
+            shape._replace(name=shape.name + (f"_{copy + 1}" if copy else ""))
+            for copy in range(most)
+            for shape in layer.projections
+        ]
+        weights = [tuple((share**2 * np.array(row)).tolist()) for share in shares for row in layer.weights]
+        counted = ((_LONGEST,) * len(layer.experts),) * most
+        return layer._replace(projections=tuple(shapes), weights=tuple(weights), replicas=Replicas(rules, counted))
 
     def account(self, plan: Plan) -> Decision:
         """Exact bytes of every file that the plan leads to, without notes."""
@@ -307,6 +370,8 @@ class Allocator:
         for layer in plan.layers:
             files[layer.file] = FileEntry(layer_file_nbytes(layer), "0" * 64)
             by_class["experts"] += sum(nbytes for *_, nbytes in layer_records(layer))
+            for matrix in rotation_matrices(layer):
+                by_class["rotations"] += matrix.nbytes
         files |= {name: FileEntry(size, "0" * 64) for name, size in self._side_files.items()}
         files["config.json"] = FileEntry(len(output_config(self._source, plan.trunk).encode()), "0" * 64)
         text = len(plan.with_files(files).dumps().encode())

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,38 @@ from jinja2 import TemplateError
 from mlxmoe.errors import UserError
 
 TOKENS_PER_EXPERT = 64  # fewer per expert on average say too little about its inputs
+METHODS = ("gptq", "awq")  # of choosing codes by the text
+MOST_TOKENS, FEWEST_TOKENS = 524_288, 16_384  # that are used unless a number is given
+PARAMETERS_PER_TOKEN = 128
 
 
 @dataclass(frozen=True)
 class Calibration:
     """How a conversion is calibrated. `file`: text; `sha256` of it, filled in by `read_documents`' caller.
 
-    mu: what the errors of the levels below the one written count beside its own (gptq.py). predecessors: statistics for
-    writing come from layers whose predecessors are quantized already.
+    tokens: None leaves them to `default_tokens`. method: one of METHODS. mu: what the errors of the levels below the one
+    written count beside its own (gptq.py). predecessors: statistics for writing come from layers whose predecessors are
+    quantized already. candidates: texts that the model writes for each that is kept (selftext.py).
     """
 
     file: str
     sha256: str = ""
-    tokens: int = 131072
+    tokens: int | None = None
     window: int = 512
+    method: str = METHODS[0]
     mu: float = 0.0
     predecessors: bool = True
+    candidates: int = 2
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise UserError(f"--calibration-tokens {self.tokens} is not a number of tokens", "131072 is the default")
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"--calibration-tokens {self.tokens} is not a number of tokens", "try 131072")
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method} is not one of {', '.join(METHODS)}", "gptq is the default")
+        if self.method == "awq" and self.mu:
+            raise UserError("--nested and --method awq do not go together", "leave one of them out")
+        if not 1 <= self.candidates <= 64:
+            raise UserError(f"--candidates {self.candidates} is not between 1 and 64", "2 is the default")
         if self.window < 2:
             raise UserError(f"a calibration window of {self.window} tokens predicts nothing", "512 is the default")
         if not 0 <= self.mu <= 10:
@@ -48,6 +60,22 @@ class Calibration:
                 f"--nested {self.mu} is not between 0 and 10",
                 "0.3 is a good choice for one file that serves many sizes",
             )
+
+    @property
+    def windows(self) -> int:
+        """How many full windows `tokens` make, at least one."""
+        assert self.tokens is not None, "decided by for_model"
+        return max(1, self.tokens // self.window)
+
+    def for_model(self, num_parameters: int) -> Calibration:
+        """The same with the number of tokens decided."""
+        return self if self.tokens is not None else replace(self, tokens=default_tokens(num_parameters))
+
+
+def default_tokens(num_parameters: int) -> int:
+    """Tokens of calibration for a model: MOST_TOKENS, for small ones one for every PARAMETERS_PER_TOKEN parameters, but not
+    less than FEWEST_TOKENS."""
+    return min(MOST_TOKENS, max(FEWEST_TOKENS, num_parameters // PARAMETERS_PER_TOKEN))
 
 
 def file_sha256(path: str | Path) -> str:
@@ -83,23 +111,30 @@ def _json_lines(path: Path, content: str, tokenizer: Any) -> Iterator[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path} line {number} is not JSON ({error.msg})", hint) from None
-        text, messages = (row.get(key) if isinstance(row, dict) else None for key in ("text", "messages"))
-        if isinstance(text, str):
-            yield text
-        elif isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
-            yield _chat(path, number, messages, tokenizer)
-        else:
+        try:
+            text = document_text(row, tokenizer)
+        except UserError as error:
+            raise UserError(f"{path} line {number}: {error.message}", error.hint) from None
+        if text is None:
             raise UserError(f"{path} line {number} has neither text nor messages", hint)
+        yield text
 
 
-def _chat(path: Path, number: int, messages: list[dict[str, Any]], tokenizer: Any) -> str:
+def document_text(row: Any, tokenizer: Any) -> str | None:
+    """The text of a row, {"text": ...} or {"messages": [...]}; None for one that has neither. Raises UserError for a chat
+    that the model's template refuses."""
+    text, messages = (row.get(key) if isinstance(row, dict) else None for key in ("text", "messages"))
+    if isinstance(text, str):
+        return text
+    if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
+        return None
     if getattr(tokenizer, "chat_template", None) is None:
         return "\n\n".join(str(message.get("content", "")) for message in messages)
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path} line {number}: the model's chat template refuses it ({error})", "correct the roles of its messages"
+            f"the model's chat template refuses it ({error})", "correct the roles of its messages"
         ) from None
 
 
@@ -111,7 +146,7 @@ def choose_tokens(documents: Sequence[str], tokenizer: Any, calibration: Calibra
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
     window = calibration.window
-    wanted = max(1, calibration.tokens // window)
+    wanted = calibration.windows
     pieces: list[list[int]] = []
     for i in order:
         tokens = list(tokenizer.encode(documents[i], verbose=False))

@@ -5,12 +5,13 @@ Shapes: E experts, N rows, K columns, G group size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlxmoe.convert.awq import rounded
 from mlxmoe.convert.gptq import (
     SWEEPS,
     Code,
@@ -26,9 +27,14 @@ from mlxmoe.convert.gptq import (
 from mlxmoe.convert.quantize import Affine, affine_search, clip_search
 from mlxmoe.convert.stats import Moments
 from mlxmoe.formats import LEVELS, PLANE_WIDTHS, MatrixShape, PackedMatrix, num_planes, pack_codes, split_planes
+from mlxmoe.rotation import IDENTITY, Rotation, rotate, rotate_moments, unrotate
 
 _STACK_WEIGHTS = 1 << 23  # weights coded together: float32 copies of them are there a dozen times
 MEASURE_SWEEPS = 1  # the ratios between levels are known after one
+
+
+# Called with experts, the index of a level, and the values [E, N, K] that they have there
+Seen = Callable[[slice, int, np.ndarray], None]
 
 
 class Weighed(NamedTuple):
@@ -50,45 +56,67 @@ def _start(weight: np.ndarray, level: int, group_size: int) -> np.ndarray:
 
 
 def _encode(
-    weight: np.ndarray, curved: Curvature, level: int, group_size: int, mu: float, sweeps: int
+    weight: np.ndarray, curved: Curvature, level: int, group_size: int, mu: float, sweeps: int, feedback: bool
 ) -> tuple[Coded, Code]:
+    if not feedback:
+        return rounded(weight, curved.hessian, level, group_size)
     code = symmetric_code(level, mu)
     scales = _start(weight, level, group_size)
     return quantize(weight, curved, scales, np.zeros_like(scales), code, sweeps), code
 
 
-def measure_experts(stack: np.ndarray, moments: Moments, levels: Sequence[int], group_size: int) -> Weighed:
-    """stack float32 [E, N, K] -> what its errors cost at every level, by the real quantizer."""
+def measure_experts(
+    stack: np.ndarray,
+    moments: Moments,
+    levels: Sequence[int],
+    group_size: int,
+    rotation: Rotation = IDENTITY,
+    feedback: bool = True,
+    seen: Seen = lambda *_: None,
+) -> Weighed:
+    """stack float32 [E, N, K] -> what its errors cost at every level, by the real quantizer, coded behind `rotation`.
+    feedback: as for `pack_experts`."""
     experts = len(stack)
     norms, errors = np.zeros(experts), np.zeros((experts, len(levels)))
     for part in _chunks(experts, stack[0].size):
-        curved, rows = curvature(moments.hessian[part]), moments.row_weights[part]
-        norms[part] = output_errors(stack[part], curved.hessian, rows) / 2
+        weight, rows = rotate(stack[part], rotation), moments.row_weights[part]
+        curved = curvature(rotate_moments(moments.hessian[part], rotation))
+        norms[part] = output_errors(weight, curved.hessian, rows) / 2
         for i, level in enumerate(levels):
-            coded, code = _encode(stack[part], curved, level, group_size, 0.0, MEASURE_SWEEPS)
-            errors[part, i] = output_errors(stack[part] - decoded(coded, code), curved.hessian, rows) / 2
+            values = decoded(*_encode(weight, curved, level, group_size, 0.0, MEASURE_SWEEPS, feedback))
+            errors[part, i] = output_errors(weight - values, curved.hessian, rows) / 2
+            seen(part, i, unrotate(values, rotation))
     return Weighed(norms, errors)
 
 
 def pack_experts(
-    stack: np.ndarray, moments: Moments, levels: Sequence[int], shape: MatrixShape, mu: float
+    stack: np.ndarray,
+    moments: Moments,
+    levels: Sequence[int],
+    shape: MatrixShape,
+    mu: float,
+    rotation: Rotation = IDENTITY,
+    feedback: bool = True,
 ) -> list[tuple[PackedMatrix, tuple[float, ...], np.ndarray]]:
-    """Every expert of one projection [E, N, K] at its own level: the stored matrix, its relative errors (of the outputs)
-    at every level up to that, and the values [N, K] that it stands for."""
+    """Every expert of one projection [E, N, K] at its own level, coded behind `rotation`: the stored matrix, its relative
+    errors (of the outputs) at every level up to that, and the values [N, K] that it stands for, rotated back.
+
+    feedback: GPTQ; False rounds to nearest on grids clipped by the error of the outputs (awq.py)."""
     result: dict[int, tuple[PackedMatrix, tuple[float, ...], np.ndarray]] = {}
     for level in sorted(set(levels)):
         chosen = np.array([e for e, own in enumerate(levels) if own == level])
         for part in _chunks(len(chosen), stack[0].size):
             experts = chosen[part]
-            curved, weight = curvature(moments.hessian[experts]), stack[experts]
-            coded, code = _encode(weight, curved, level, shape.group_size, mu, SWEEPS)
+            curved = curvature(rotate_moments(moments.hessian[experts], rotation))
+            weight = rotate(stack[experts], rotation)
+            coded, code = _encode(weight, curved, level, shape.group_size, mu, SWEEPS, feedback)
             norms = output_errors(weight, curved.hessian, moments.row_weights[experts])
             lost = [
                 output_errors(weight - decoded(coded, code, i), curved.hessian, moments.row_weights[experts])
                 for i in range(len(code.tables))
             ]
             relative = np.array([*lost[1:], lost[0]]) / np.where(norms > 0, norms, 1.0)  # [levels up to this, E]
-            values = decoded(coded, code)
+            values = unrotate(decoded(coded, code), rotation)
             for row, e in enumerate(experts):
                 result[int(e)] = (_packed(coded, row, shape, level), tuple(map(float, relative[:, row])), values[row])
     return [result[e] for e in range(len(levels))]

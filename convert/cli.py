@@ -7,9 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from mlxmoe.arguments import note, print_json
-from mlxmoe.convert.calibrate import Calibration, file_sha256
-from mlxmoe.convert.config import DEFAULT_RULES, ConvertConfig, parse_rule
+from mlxmoe.convert.calibrate import (
+    FEWEST_TOKENS,
+    METHODS,
+    MOST_TOKENS,
+    PARAMETERS_PER_TOKEN,
+    Calibration,
+    file_sha256,
+)
+from mlxmoe.convert.config import (
+    ALLOCATIONS,
+    COMBINED_BY,
+    DEFAULT_RULES,
+    POLISHES,
+    REPLICATED_BY,
+    ROUTERS,
+    SENSITIVITIES,
+    Allocation,
+    ConvertConfig,
+    Replication,
+    parse_replicas,
+    parse_rule,
+    parse_sensitivity,
+)
+from mlxmoe.convert.hubtext import DATA_SET, HUB
 from mlxmoe.convert.job import Job, Outcome
+from mlxmoe.convert.rotate import CHOICES
 from mlxmoe.convert.selftext import SELF
 from mlxmoe.errors import UserError
 from mlxmoe.formats import LEVELS
@@ -40,15 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="F",
         help="text that the model is run on, .jsonl with the key text or messages, or plain text; 'self' for text that the "
-        "model itself writes (default: none, the error of the weights alone is minimised)",
+        f"model itself writes, 'hub' for chats of {DATA_SET} (default: none, the error of the weights alone is minimised)",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration-tokens", type=int, default=text.tokens, metavar="N",
-        help="tokens of it that are used (default: %(default)s)",
+        "--calibration-tokens", type=int, metavar="N",
+        help=f"tokens of it that are used (default: one for {PARAMETERS_PER_TOKEN} parameters, {FEWEST_TOKENS} to "
+        f"{MOST_TOKENS})",
     )  # fmt: skip
     parser.add_argument(
-        "--method", choices=("rtn", "gptq"),
-        help="rtn: rounding, without text; gptq: error feedback by calibration text (default: gptq with --calibration)",
+        "--candidates", type=int, default=text.candidates, metavar="N",
+        help="with --calibration self: texts that are written for each that is kept (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", choices=("rtn", *METHODS),
+        help="rtn: rounding, without text; gptq: error feedback by calibration text; awq: experts rounded behind scales and "
+        "clips by calibration text, everything else as gptq (default: gptq with --calibration, else rtn)",
     )  # fmt: skip
     parser.add_argument(
         "--nested", type=float, default=text.mu, metavar="MU",
@@ -58,6 +87,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--predecessors", choices=("quantized", "source"), default="quantized",
         help="the layers that calibration text goes through before the one that is written (default: %(default)s)",
+    )  # fmt: skip
+    share = Allocation()
+    parser.add_argument(
+        "--allocation", choices=ALLOCATIONS, default=share.method,
+        help="how bytes are shared out: measured, by the losses of single matrices; benefit, experts in the order of "
+        "sensitivity * frequency * (1 + massive activations), shared ones first; uniform, one level for all experts of a "
+        "layer and projection (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sensitivity", default=share.sensitivity, metavar="NAME",
+        help=f"what experts' levels are chosen by: {', '.join(SENSITIVITIES)}; mix=50,30,20 gives the shares of output "
+        "error, gradient and frequency (default: %(default)s, the loss by the gradients on calibration text)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rotation", choices=CHOICES, default=ConvertConfig.rotation, metavar="NAME",
+        help=f"rotation of the experts' inputs and hidden values: {', '.join(CHOICES)}; auto chooses for every layer what "
+        f"lowers the error, dfrot is fitted; both need --calibration (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--refine", type=int, default=share.refine, metavar="N",
+        help="rounds in which the trunk and the experts of every layer are coded alone, and their losses scaled to the "
+        "divergence that they cause on further calibration text (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--polish", choices=POLISHES, default=ConvertConfig.polish,
+        help="what refines scales after the codes: factors, one for every expert; layer, all scales by the outputs of each "
+        "layer; model, all scales by the predictions, with the whole model in memory (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--router", choices=ROUTERS, default=ConvertConfig.router,
+        help="how routers are adapted to quantized experts: bias, lowered by half of an expert's degradation; temperature, "
+        "logits divided by 1.2; topk-mse, fitted to the original's logits (default: %(default)s, bit for bit the source's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--replicas", metavar="BY[:SHARE[:COPIES]]",
+        help=f"write that share of each layer's experts as several copies behind rotations of their own: "
+        f"{', '.join(REPLICATED_BY)}, such as sensitivity:0.30:2 (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--combine", choices=COMBINED_BY, default=Replication.combine,
+        help="what the output of each copy counts (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="recorded in the plan (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="measure and print the plan; write nothing")
@@ -74,14 +144,16 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         raise UserError(
             f"--expert-bits {args.expert_bits!r} is no list of numbers", "example: --expert-bits 2,3,4"
         ) from None
-    if (args.method == "gptq") > (args.calibration is not None):
-        raise UserError("--method gptq needs text", "give --calibration FILE, or --calibration self")
+    if args.method in METHODS and args.calibration is None:
+        raise UserError(f"--method {args.method} needs text", "give --calibration FILE, self or hub")
     calibration = None
     if args.calibration is not None and args.method != "rtn":
         calibration = Calibration(
             args.calibration,
-            file_sha256(args.calibration) if args.calibration != SELF else "",
+            file_sha256(args.calibration) if args.calibration not in (SELF, HUB) else "",
             tokens=args.calibration_tokens,
+            method=args.method or METHODS[0],
+            candidates=args.candidates,
             mu=args.nested,
             predecessors=args.predecessors == "quantized",
         )
@@ -92,7 +164,12 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         expert_levels=levels,
         rules=dict(parse_rule(text) for text in args.bits),
         seed=args.seed,
+        rotation=args.rotation,
+        replicas=parse_replicas(args.replicas, args.combine) if args.replicas is not None else None,
+        polish=args.polish,
+        router=args.router,
         calibration=calibration,
+        allocation=Allocation(args.allocation, *parse_sensitivity(args.sensitivity), args.refine),
     )
 
 
@@ -104,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
         f"{job.checkpoint.name}: {job.checkpoint.config['model_type']}, {job.source.num_parameters / 1e6:.4g}M parameters, "
         f"{len(job.source.sites)} layers of {site.num_experts} experts"
     )
+    if args.calibration is None and args.method is None:
+        note("without text only the error of the weights is minimised; --calibration FILE, self or hub lowers the loss")
     outcome = job.dry_run() if args.dry_run else job.run(resume=args.resume, restart=args.restart)
     for line in (*outcome.decision.notes, *report_lines(outcome)):
         note(line)

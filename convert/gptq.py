@@ -11,23 +11,30 @@ Nested codes (MatGPTQ, arXiv 2602.03537, in spirit): a code is also read at fewe
 levels every code is chosen for the sum over levels of mu_L * error_L, each level with an error feedback of its own. LDL'
 makes both sums separate over columns, so the greedy choice is the exact one per column.
 
-numpy in float32: MLX's CPU wheels carry the reference BLAS, which is thirty times slower than numpy's.
+Written once against what numpy and mlx.core have in common, in float32 (a GPU has no float64; the inverses of `curvature`
+need it and stay on the CPU). On a GPU it is MLX. Elsewhere numpy: MLX's CPU wheels carry the reference BLAS, which is thirty
+times slower than numpy's.
 
 Shapes: E experts (1 for a matrix of the trunk), N rows, K columns, G group size, L levels. Inside, arrays are [E, K, N].
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from mlxmoe.formats import LEVELS, num_planes
 
 DAMPING = 0.02  # share of the mean of diag(H) added to it: 1 to 2.5 % is usual
-SWEEPS = 3  # of coordinate descent: each gains less than the one before
+SWEEPS = 6  # of coordinate descent: each gains less than the one before
 _BLOCK = 32  # columns whose feedback is applied one by one before the rest gets theirs in one product
+_TINY = 1e-30  # in float32, and not flushed to zero
 _REACH = 2  # codes tried on both sides of the nearest one when lower levels count
+
+Array = Any  # of the library that the codes are computed with
+Library = Any  # numpy or mlx.core
 
 
 class Curvature(NamedTuple):
@@ -112,11 +119,24 @@ def decoded(coded: Coded, code: Code, level: int = 0) -> np.ndarray:
     return values.reshape(coded.codes.shape)
 
 
+def array_library() -> Library:
+    """Which library `quantize` computes with: mlx.core where MLX's default device is a GPU, else numpy."""
+    return np if mx.default_device() == mx.Device(mx.cpu) else mx
+
+
 def quantize(
-    weight: np.ndarray, curved: Curvature, scales: np.ndarray, biases: np.ndarray, code: Code, sweeps: int = SWEEPS
+    weight: np.ndarray,
+    curved: Curvature,
+    scales: np.ndarray,
+    biases: np.ndarray,
+    code: Code,
+    sweeps: int = SWEEPS,
+    library: Library = None,
 ) -> Coded:
-    """weight [E, N, K] from starting scales and biases [E, N, K/G] -> codes, scales and gains of less error."""
-    worker = _Worker(weight, curved, scales, biases, code)
+    """weight [E, N, K] from starting scales and biases [E, N, K/G] -> codes, scales and gains of less error.
+
+    `library`: numpy or mlx.core; None is what `array_library` says."""
+    worker = _Worker(weight, curved, scales, biases, code, library or array_library())
     worker.keep_better(worker.nearest(), worker.feedback())
     for _ in range(sweeps):
         worker.sweep()
@@ -126,116 +146,171 @@ def quantize(
 class _Worker:
     """The state of one call of `quantize`: everything transposed to [E, K, N], so that a column is contiguous."""
 
-    def __init__(self, weight: np.ndarray, curved: Curvature, scales: np.ndarray, biases: np.ndarray, code: Code):
-        self._weight = np.ascontiguousarray(weight.swapaxes(1, 2))
-        self._curved, self._code = curved, code
-        self._scales = np.ascontiguousarray(scales.swapaxes(1, 2).astype(np.float32))  # [E, K/G, N]
-        self._biases = np.ascontiguousarray(biases.swapaxes(1, 2).astype(np.float32))
+    def __init__(
+        self,
+        weight: np.ndarray,
+        curved: Curvature,
+        scales: np.ndarray,
+        biases: np.ndarray,
+        code: Code,
+        library: Library = np,
+    ):
+        self._xp, self._code = library, code
+        self._weight = self._taken(weight.swapaxes(1, 2))
+        self._hessian, self._order, self._factor = (self._taken(a) for a in curved)
+        # [E, K/G, N], copies: they are refitted in place
+        self._scales, self._biases = (self._taken(a.swapaxes(1, 2).astype(np.float32)) for a in (scales, biases))
         self._group_size = weight.shape[2] // scales.shape[2]
-        self._codes = np.zeros(self._weight.shape, np.uint8)
+        self._codes = self._xp.zeros(self._weight.shape, dtype=self._xp.uint8)
         # Lower levels take part only if their errors count; their gains are fitted at the end in any case.
         self._levels = [i for i, w in enumerate(code.weights) if w > 0]
-        self._gains = np.ones((weight.shape[0], len(code.tables)), np.float32)
+        self._tables = [self._taken(table) for table in code.tables]
+        self._gains = [self._xp.ones((len(weight), 1), dtype=self._xp.float32) for _ in code.tables]
 
-    def nearest(self) -> np.ndarray:
+    def nearest(self) -> Array:
         """Codes rounded to nearest; also fits the gains of the lower levels to them."""
-        codes = np.empty_like(self._codes)
-        for group, columns in self._groups():
-            target = self._weight[:, columns]
-            codes[:, columns] = self._rounded(target, self._scales[:, group, None], self._biases[:, group, None])
+        codes = [
+            self._rounded(self._weight[:, columns], self._scales[:, group, None], self._biases[:, group, None])
+            for group, columns in self._groups()
+        ]
+        whole = self._xp.concatenate(codes, axis=1)
         if len(self._levels) > 1:
-            self._fit_gains(codes)
-        return codes
+            self._fit_gains(whole)
+        return whole
 
-    def feedback(self) -> np.ndarray:
+    def feedback(self) -> Array:
         """LDLQ: codes column by column in the order of falling diag(H), one running target per level."""
-        order, factor = self._curved.order, self._curved.factor
-        experts, columns, rows = self._weight.shape
-        targets = np.repeat(np.take_along_axis(self._weight, order[:, :, None], 1)[None], len(self._levels), 0)
+        xp, order, factor = self._xp, self._order, self._factor
+        columns = self._weight.shape[1]
         groups = (order // self._group_size)[:, :, None]
-        scales, biases = (np.take_along_axis(a, groups, 1) for a in (self._scales, self._biases))
-        codes = np.empty((experts, columns, rows), np.uint8)
+        scales, biases = (xp.take_along_axis(a, groups, 1) for a in (self._scales, self._biases))
+        targets = xp.stack([xp.take_along_axis(self._weight, order[:, :, None], 1)] * len(self._levels))
+        codes: list[Array] = []
         for start in range(0, columns, _BLOCK):
             stop = min(start + _BLOCK, columns)
-            errors = np.empty((len(self._levels), experts, stop - start, rows), np.float32)
-            for j in range(start, stop):
-                q = self._choose(targets[:, :, j], scales[:, j], biases[:, j])
-                codes[:, j] = q
-                for i, level in enumerate(self._levels):
-                    value = self._read(q, level, scales[:, j], biases[:, j])
-                    errors[i, :, j - start] = (targets[i, :, j] - value) / factor[:, j, j, None]
+            block, errors = targets[:, :, : stop - start], []
+            for i, j in enumerate(range(start, stop)):
+                codes.append(self._choose(block[:, :, i], scales[:, j], biases[:, j]))
+                value = self._read(codes[-1], scales[:, j], biases[:, j])
+                errors.append((block[:, :, i] - value) / factor[:, j, j, None])
                 if j + 1 < stop:
-                    step = factor[:, j, j + 1 : stop, None]
-                    targets[:, :, j + 1 : stop] -= step * errors[:, :, j - start, None]
+                    block[:, :, i + 1 :] -= factor[:, j, j + 1 : stop, None] * errors[-1][:, :, None]
             if stop < columns:
-                targets[:, :, stop:] -= factor[:, start:stop, stop:].swapaxes(1, 2) @ errors
-        result = np.empty_like(codes)
-        np.put_along_axis(result, np.broadcast_to(order[:, :, None], codes.shape), codes, 1)
-        return result
+                fed = factor[:, start:stop, stop:].swapaxes(1, 2) @ xp.stack(errors, axis=2)
+                targets = targets[:, :, stop - start :] - fed
+            self._run(targets, *codes[start:])
+        return xp.take_along_axis(xp.stack(codes, axis=1), xp.argsort(order, axis=1)[:, :, None], 1)
 
-    def keep_better(self, first: np.ndarray, second: np.ndarray) -> None:
+    def keep_better(self, first: Array, second: Array) -> None:
         """Starts from the codes of less error, row by row."""
         better = self._row_errors(second) <= self._row_errors(first)
-        self._codes = np.where(better[:, None], second, first)
+        self._codes = self._xp.where(better[:, None], second, first)
+        self._run(self._codes)
 
     def sweep(self, refit: bool = True) -> None:
         """One pass of coordinate descent over all groups: their codes, then (`refit`) their scale and bias."""
-        hessian = self._curved.hessian
         errors = self._errors(self._codes)
         for group, columns in self._groups():
-            within = hessian[:, columns, columns]
-            slopes = hessian[:, columns] @ errors  # [levels, E, G, N]
-            scale, bias = self._scales[:, group], self._biases[:, group]
-            for j in range(self._group_size):
-                column = columns.start + j
-                curve = hessian[:, column, column, None]
-                value = self._weight[:, column] - (errors[:, :, column] - slopes[:, :, j] / curve)
-                q = self._choose(value, scale, bias)
-                self._codes[:, column] = q
-                for i, level in enumerate(self._levels):
-                    fresh = self._weight[:, column] - self._read(q, level, scale, bias)
-                    slopes[i] += within[:, :, j, None] * (fresh - errors[i, :, column])[:, None]
-                    errors[i, :, column] = fresh
+            slopes = self._hessian[:, columns] @ errors  # [L, E, G, N]
+            codes, steps = self._descend(group, columns, errors[:, :, columns], slopes)
+            self._codes[:, columns] = codes
+            errors[:, :, columns] += steps
             if refit:
-                self._refit(group, columns, errors, slopes)
+                slopes = slopes + self._hessian[:, columns, columns] @ steps
+                errors[:, :, columns] -= self._refit(group, columns, slopes)
+            self._run(self._codes, errors, self._scales, self._biases)
         if len(self._levels) > 1:
             self._fit_gains(self._codes)
 
     def coded(self) -> Coded:
-        if len(self._code.tables) > 1:
-            self._fit_gains(self._codes)
+        self._fit_gains(self._codes)
         codes, scales, biases = (
-            np.ascontiguousarray(a.swapaxes(1, 2)) for a in (self._codes, self._scales, self._biases)
+            np.ascontiguousarray(np.asarray(a).swapaxes(1, 2)) for a in (self._codes, self._scales, self._biases)
         )
-        return Coded(codes, scales, biases, self._gains[:, 1:])
+        return Coded(codes, scales, biases, np.concatenate([np.asarray(a) for a in self._gains], axis=1)[:, 1:])
 
-    # -- one column ----------------------------------------------------------------------------------------------------
+    # -- one column or group -------------------------------------------------------------------------------------------
 
-    def _choose(self, targets: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        """uint8 codes [E, N] of the least weighted squared distance to the targets [levels, E, N]."""
+    def _descend(self, group: int, columns: slice, errors: Array, slopes: Array) -> tuple[Array, Array]:
+        """Every column of a group with the others fixed: its new codes [E, G, N], and how far that moves its errors
+        [L, E, G, N], whose slopes H e are given."""
+        xp, weight = self._xp, self._weight[:, columns]
+        within = self._hessian[:, columns, columns]
+        scale, bias = self._scales[:, group], self._biases[:, group]
+        codes: list[Array] = []
+        steps: list[Array] = []
+        for start in range(0, self._group_size, _BLOCK):
+            stop = min(start + _BLOCK, self._group_size)
+            block = xp.array(slopes[:, :, start:stop])
+            if start:
+                block += within[:, start:stop, :start] @ xp.stack(steps, axis=2)
+            for i, j in enumerate(range(start, stop)):
+                best = errors[:, :, j] - block[:, :, i] / within[:, j, j, None]
+                codes.append(self._choose(weight[:, j] - best, scale, bias))
+                steps.append(weight[:, j] - self._read(codes[-1], scale, bias) - errors[:, :, j])
+                if j + 1 < stop:
+                    block[:, :, i + 1 :] += within[:, j, j + 1 : stop, None] * steps[-1][:, :, None]
+        return xp.stack(codes, axis=1), xp.stack(steps, axis=2)
+
+    def _refit(self, group: int, columns: slice, slopes: Array) -> Array:
+        """Least squares for the scale (and bias) of a group; kept, row by row, where the stored float16 is better.
+
+        With z the group's table values the change d of the scale minimises the sum over levels of mu (e - d z)' H (e - d z):
+        d = z' H e / z' H z, where `slopes` are H e. A fitted bias adds a column of ones; z less its projection on that is
+        orthogonal to it in H, so both are divisions. Returns how far the values [L, E, G, N] move.
+        """
+        xp, mu = self._xp, [self._code.weights[level] for level in self._levels]
+        within, scale, bias = self._hessian[:, columns, columns], self._scales[:, group], self._biases[:, group]
+        basis = xp.stack([self._table(self._codes[:, columns], level) for level in self._levels])
+        centre, shift, ones = 0.0, 0.0, 0.0
+        if self._code.fitted_bias:
+            curved = within.sum(2)[:, :, None]  # H 1
+            ones = curved.sum(1)
+            centre = (basis[0] * curved).sum(1) / ones
+            basis, shift = basis - centre[:, None], slopes[0].sum(1) / ones
+
+        def product(other: Array) -> Array:  # [E, N]
+            return sum(m * (a * b).sum(1) for m, a, b in zip(mu, basis, other, strict=True))
+
+        square, slope = product(within @ basis), product(slopes)
+        scaled = self._stored(scale + slope / (square + _TINY))
+        biased = self._stored(bias + shift - centre * (scaled - scale)) if self._code.fitted_bias else bias
+        turn = scaled - scale
+        move = biased - bias + centre * turn
+        gained = turn * (2 * slope - turn * square) + move * ones * (2 * shift - move)
+        keep = (gained > 0) & (scaled > 0) & xp.isfinite(scaled) & xp.isfinite(biased)
+        self._scales[:, group], self._biases[:, group] = xp.where(keep, scaled, scale), xp.where(keep, biased, bias)
+        return basis * xp.where(keep, turn, 0)[:, None] + xp.where(keep, move, 0)[:, None]
+
+    def _choose(self, targets: Array, scale: Array, bias: Array) -> Array:
+        """uint8 codes [E, N] of the least weighted squared distance to the targets [L, E, N]."""
         nearest = self._rounded(targets[0], scale, bias)
         if len(self._levels) == 1:
             return nearest
-        best, least = nearest, np.full(nearest.shape, np.inf, np.float32)
+        xp = self._xp
+        best, least = nearest, xp.full(nearest.shape, np.inf, dtype=xp.float32)
         for step in range(-_REACH, _REACH + 1):
-            q = np.clip(nearest.astype(np.int16) + step, 0, (1 << self._code.bits) - 1).astype(np.uint8)
-            cost = np.zeros(q.shape, np.float32)
-            for target, level in zip(targets, self._levels, strict=True):
-                cost += self._code.weights[level] * np.square(target - self._read(q, level, scale, bias))
+            q = xp.clip(nearest.astype(xp.int16) + step, 0, (1 << self._code.bits) - 1).astype(xp.uint8)
+            squares = xp.square(targets - self._read(q, scale, bias))
+            cost = sum(self._code.weights[level] * square for level, square in zip(self._levels, squares, strict=True))
             better = cost < least
-            best, least = np.where(better, q, best), np.where(better, cost, least)
+            best, least = xp.where(better, q, best), xp.where(better, cost, least)
         return best
 
-    def _rounded(self, target: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-        q = np.rint((target - bias) * inverse - self._code.tables[0, 0])
-        return np.clip(q, 0, (1 << self._code.bits) - 1).astype(np.uint8)
+    def _rounded(self, target: Array, scale: Array, bias: Array) -> Array:
+        xp = self._xp
+        inverse = xp.where(scale > 0, 1 / xp.maximum(scale, _TINY), 0)
+        q = xp.round((target - bias) * inverse - self._tables[0][0])
+        return xp.clip(q, 0, (1 << self._code.bits) - 1).astype(xp.uint8)
 
-    def _read(self, q: np.ndarray, level: int, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-        value = self._code.tables[level][q] * scale + bias
-        if level:
-            value *= self._gains[:, level].reshape(-1, *[1] * (q.ndim - 1))
-        return value
+    def _table(self, q: Array, level: int) -> Array:
+        """What a unit of scale adds to the values of codes [E, ...] at a level."""
+        values = self._xp.take(self._tables[level], q)
+        return values * self._gains[level].reshape(-1, *[1] * (q.ndim - 1)) if level else values
+
+    def _read(self, q: Array, scale: Array, bias: Array) -> Array:
+        """Values [L, *q.shape]. Only codes without lower levels have a bias, which a gain would scale as well."""
+        return self._xp.stack([self._table(q, level) * scale + bias for level in self._levels])
 
     # -- whole matrices ------------------------------------------------------------------------------------------------
 
@@ -243,65 +318,43 @@ class _Worker:
         size = self._group_size
         return [(g, slice(g * size, (g + 1) * size)) for g in range(self._scales.shape[1])]
 
-    def _values(self, codes: np.ndarray, level: int) -> np.ndarray:
-        size = self._group_size
-        return self._read(codes, level, np.repeat(self._scales, size, 1), np.repeat(self._biases, size, 1))
+    def _errors(self, codes: Array) -> Array:
+        """[L, E, K, N]: what is left of the weight at each level."""
+        scales, biases = (self._xp.repeat(a, self._group_size, 1) for a in (self._scales, self._biases))
+        return self._weight - self._read(codes, scales, biases)
 
-    def _errors(self, codes: np.ndarray) -> np.ndarray:
-        """[levels, E, K, N]: what is left of the weight at each level."""
-        return np.stack([self._weight - self._values(codes, level) for level in self._levels])
-
-    def _row_errors(self, codes: np.ndarray) -> np.ndarray:
+    def _row_errors(self, codes: Array) -> Array:
         """[E, N]: weighted error of each row."""
-        total = np.zeros((self._weight.shape[0], self._weight.shape[2]), np.float32)
-        for error, level in zip(self._errors(codes), self._levels, strict=True):
-            total += self._code.weights[level] * np.einsum("ekn,ekn->en", self._curved.hessian @ error, error)
-        return total
+        errors = self._errors(codes)
+        return sum(
+            self._code.weights[level] * ((self._hessian @ error) * error).sum(1)
+            for level, error in zip(self._levels, errors, strict=True)
+        )
 
-    def _refit(self, group: int, columns: slice, errors: np.ndarray, slopes: np.ndarray) -> None:
-        """Least squares for the scale (and bias) of a group; kept, row by row, where the stored float16 is better.
-
-        With Z the group's tables (and ones), the change d of (scale, bias) minimises sum over levels of
-        mu (e - Z d)' H (e - Z d): d = (Z' H Z)^-1 Z' H e. Updates `errors` in place.
-        """
-        within = self._curved.hessian[:, columns, columns]
-        parts = [self._level_basis(self._codes[:, columns], level) for level in self._levels]  # of [B, E, G, N]
-        count = len(parts[0])
-        normal = np.zeros((*self._scales[:, group].shape, count, count))
-        right = np.zeros((*self._scales[:, group].shape, count))
-        for i, level in enumerate(self._levels):
-            mu = self._code.weights[level]
-            curved = within @ parts[i]
-            normal += mu * np.einsum("aegn,begn->enab", curved, parts[i])
-            right += mu * np.einsum("aegn,egn->ena", parts[i], slopes[i])
-        size = np.trace(normal, axis1=2, axis2=3)[..., None, None]
-        change = np.linalg.solve(normal + (1e-7 * size + 1e-30) * np.eye(count), right[..., None])[..., 0]
-        before = [self._scales[:, group], self._biases[:, group]][:count]
-        after = [(b + change[..., i]).astype(np.float16).astype(np.float32) for i, b in enumerate(before)]
-        change = np.stack([a.astype(np.float64) - b for a, b in zip(after, before, strict=True)], axis=-1)
-        gained = 2 * (change * right).sum(-1) - np.einsum("ena,enab,enb->en", change, normal, change)
-        keep = (gained > 0) & (after[0] > 0) & np.isfinite(after).all(axis=0)
-        change *= keep[..., None]
-        for stored, new in zip((self._scales, self._biases), after, strict=False):
-            stored[:, group] = np.where(keep, new, stored[:, group])
-        for i in range(len(self._levels)):
-            for basis, step in zip(parts[i], np.moveaxis(change, -1, 0).astype(np.float32), strict=True):
-                errors[i, :, columns] -= basis * step[:, None]
-
-    def _level_basis(self, codes: np.ndarray, level: int) -> np.ndarray:
-        """[B, E, G, N]: what one unit of scale, and of bias if it is fitted, adds to the values of a level."""
-        table = self._code.tables[level][codes]
-        if level:
-            table = table * self._gains[:, level, None, None]
-        return np.stack([table, np.ones_like(table)]) if self._code.fitted_bias else table[None]
-
-    def _fit_gains(self, codes: np.ndarray) -> None:
+    def _fit_gains(self, codes: Array) -> None:
         """The factor of each lower level that makes its error least: <v, W>_H / <v, v>_H."""
-        self._gains[:] = 1.0
-        for level in range(1, len(self._code.tables)):
-            value = self._values(codes, level)
-            curved = self._curved.hessian @ value
-            across = np.einsum("ekn,ekn->e", curved, self._weight, dtype=np.float64)
-            square = np.einsum("ekn,ekn->e", curved, value, dtype=np.float64)
-            fit = np.divide(across, square, out=np.ones_like(across), where=square > 0)
-            self._gains[:, level] = np.where(fit > 0, fit, 1.0)
+        xp = self._xp
+        scales = xp.repeat(self._scales, self._group_size, 1)
+        for level in range(1, len(self._tables)):
+            value = xp.take(self._tables[level], codes) * scales
+            curved = self._hessian @ value
+            # over columns first: one long sum in float32 would lose digits
+            across, square = ((curved * a).sum(1).sum(1)[:, None] for a in (self._weight, value))
+            fit = across / (square + _TINY)
+            self._gains[level] = xp.where((square > 0) & (fit > 0), fit, 1)
+        self._run(*self._gains)
+
+    # -- the library ---------------------------------------------------------------------------------------------------
+
+    def _taken(self, array: np.ndarray) -> Array:
+        contiguous = np.ascontiguousarray(array)
+        return contiguous if self._xp is np else self._xp.array(contiguous)
+
+    def _stored(self, array: Array) -> Array:
+        """Rounded to the float16 that a file holds."""
+        return array.astype(self._xp.float16).astype(self._xp.float32)
+
+    def _run(self, *arrays: Array) -> None:
+        """MLX is lazy: evaluating block by block keeps its graphs, and what they hold in memory, small."""
+        if self._xp is not np:
+            self._xp.eval(*arrays)

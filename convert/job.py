@@ -1,6 +1,7 @@
 """A conversion from start to end: stages with one artefact each, in a work folder that becomes the result.
 
-    OUT.partial/state/   job.json, measure-<layer>.npz, measure-trunk.npz, plan.json, <file>.json: removed at the end;
+    OUT.partial/state/   job.json, rotation-<layer>.npz, measure-<layer>.npz, measure-trunk.npz, plan.json, <file>.json:
+                         removed at the end;
                          with calibration what passes.py lists in place of measure-*
     OUT.partial/         the files themselves, each whole under its final name
     OUT                  appears in one rename, complete
@@ -41,8 +42,19 @@ from mlxmoe.convert.measure import (
 )
 from mlxmoe.convert.passes import Passes, read_tokenizer
 from mlxmoe.convert.quantize import Affine
+from mlxmoe.convert.refine import Losses, fresh_tokens, refine
+from mlxmoe.convert.replicas import output_weights
+from mlxmoe.convert.rotate import Rotated, check_rotation, unsampled_rotation
 from mlxmoe.convert.source import Source, TrunkTensor
-from mlxmoe.convert.write import Packed, packed_experts, save_arrays, write_layer, write_shard
+from mlxmoe.convert.write import (
+    Packed,
+    load_rotations,
+    packed_experts,
+    save_arrays,
+    save_rotations,
+    write_layer,
+    write_shard,
+)
 from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
 from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
@@ -66,9 +78,13 @@ class Job:
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
         self.state = self.folder / "state"
-        self.config = config
         self.checkpoint = open_checkpoint(source)
         self.source = Source(self.checkpoint, config.group_size)
+        self.config = config.for_model(self.source.num_parameters)
+        for shapes in self.source.shapes.values():
+            check_rotation(config.rotation, shapes)
+        if config.replicas is not None and any(site.has_bias for site in self.source.sites):
+            raise UserError(f"--replicas: the experts of {self.checkpoint.name} have biases", "leave it out")
         self._quiet = quiet
 
     # -- entry points ------------------------------------------------------------------------------------------------
@@ -121,7 +137,8 @@ class Job:
             plan, tensors = self._keep_plan(decision.plan), self.source.tensors()
             for site, layer in zip(self.source.sites, plan.layers, strict=True):
                 if self._done(layer.file) is None:
-                    self._write_layer(layer, packed_experts(self.source, tensors, site, layer), progress)
+                    experts = packed_experts(self.source, tensors, site, layer, self._rotated(site.layer))
+                    self._write_layer(layer, experts, progress)
                 else:
                     progress(site.num_experts * sum(shape.num_weights for shape in layer.projections))
             return decision, self._finish(plan, tensors, progress, lambda tensor: None)
@@ -138,16 +155,30 @@ class Job:
             lambda layer, experts: self._write_layer(layer, experts, lambda weights: None),
             lambda file: self._done(file) is not None,
         )
+        decision = decision._replace(notes=[*decision.notes, *passes.notes])
         with self._progress(passes=1) as progress:
-            return decision, self._finish(plan, self.source.tensors(), progress, passes.coded)
+            return decision, self._finish(plan, self.source.tensors() | passes.routers(), progress, passes.coded)
 
     def _passes(self, folder: Path) -> Passes:
         return Passes(self.source, self.config, read_tokenizer(self.checkpoint), folder, self._quiet)
 
     def _decide_calibrated(self, passes: Passes) -> Decision:
         measured = passes.measure()
-        decision = self._allocator((measured.experts, measured.trunk)).decide()
-        return decision._replace(notes=[*measured.notes, *decision.notes])
+        losses, notes = Losses(measured.experts, measured.trunk), list(measured.notes)
+        decision = self._allocator(losses).decide()
+        for n in range(self.config.allocation.refine):
+            tokens = self._fresh_tokens(passes)
+            file = passes.walk.folder / f"refined-{n}.npz"
+            losses, note = refine(passes, losses, decision.plan, self.config.expert_levels, tokens, file, self._quiet)
+            decision = self._allocator(losses).decide()
+            notes.append(f"refinement {n + 1}: {note}")
+        return decision._replace(notes=[*notes, *decision.notes])
+
+    def _fresh_tokens(self, passes: Passes) -> np.ndarray:
+        assert self.config.calibration is not None
+        return fresh_tokens(
+            self.config.calibration, read_tokenizer(self.checkpoint), self.config.seed, passes.walk.tokens
+        )
 
     @contextmanager
     def _cleared_if_damaged(self) -> Iterator[None]:
@@ -164,13 +195,17 @@ class Job:
         for site in self.source.sites:
             path = self.state / f"measure-{site.layer}.npz"
             if keep and path.is_file():
+                rules = self._rotated(site.layer).rules(self.config.seed)
                 with np.load(path) as saved:
-                    layers[site.layer] = ExpertErrors(saved["norms"], saved["errors"])
+                    layers[site.layer] = ExpertErrors(saved["norms"], saved["errors"], rotations=rules)
                 progress(site.num_experts * sum(s.num_weights for s in self.source.shapes[site.path]))
                 continue
-            layers[site.layer] = measure_layer(self.source, tensors, site, self.config.expert_levels, progress)
+            rotated = unsampled_rotation(self.config.rotation, self.source.shapes[site.path], self.config.seed)
+            found = measure_layer(self.source, tensors, site, self.config.expert_levels, progress, rotated)
+            layers[site.layer] = found._replace(rotations=rotated.rules(self.config.seed))
             if keep:
-                save_arrays(path, layers[site.layer]._asdict())
+                save_rotations(self.state, site.layer, rotated)
+                save_arrays(path, {"norms": found.norms, "errors": found.errors})
         path = self.state / "measure-trunk.npz"
         quantizable = [tensor for tensor in self.source.trunk if tensor.tensor_class]
         if keep and path.is_file():
@@ -194,9 +229,27 @@ class Job:
             write_whole(self.state / PLAN_FILE, plan.dumps().encode())
         return Plan.load(self.state)
 
-    def _write_layer(self, layer: LayerPlan, experts: Iterator[list[Packed]], progress: Progress) -> None:
-        entry, entries = write_layer(layer, experts, self.folder, progress)
+    def _rotated(self, layer: int) -> Rotated:
+        """The rotations that a layer was measured behind."""
+        (site,) = (site for site in self.source.sites if site.layer == layer)
+        return load_rotations(self.state, layer, self.source.shapes[site.path], self.config.seed)
+
+    def _write_layer(self, layer: LayerPlan, experts: Iterator[list[Packed | None]], progress: Progress) -> None:
+        entry, entries = write_layer(layer, experts, self._rotated(layer.layer), self.folder, progress)
+        if layer.replicas is not None and self.config.replicas is not None:
+            layer = layer._replace(experts=entries)
+            write_whole(self._weights_path(layer), json.dumps(output_weights(self.config.replicas, layer)).encode())
         self._mark_done(layer.file, entry, entries)
+
+    def _weights_path(self, layer: LayerPlan) -> Path:
+        return self.state / f"weights-{layer.layer}.json"
+
+    def _weighted(self, layer: LayerPlan) -> LayerPlan:
+        """With what the outputs of copies count, which is known when they are written."""
+        if layer.replicas is None:
+            return layer
+        weights = json.loads(self._weights_path(layer).read_text())
+        return layer._replace(replicas=layer.replicas._replace(weights=tuple(map(tuple, weights))))
 
     def _finish(
         self,
@@ -214,7 +267,7 @@ class Job:
             done = self._done(layer.file)
             assert done is not None
             files[layer.file], experts = done
-            layers.append(layer._replace(experts=experts))
+            layers.append(self._weighted(layer)._replace(experts=experts))
         shards = trunk_shards(self.source, formats)
         for i, shard in enumerate(shards):
             name = shard_name(i, len(shards))
@@ -228,10 +281,10 @@ class Job:
             files[name] = entry
         files |= self._write_side_files(plan)
         expected = sum(
-            weight * entry.errors[p][-1]
+            weight * error
             for layer in layers
             for p in range(len(layer.projections))
-            for weight, entry in zip(layer.weights[p], layer.experts, strict=True)
+            for weight, error in zip(layer.weights[p], layer.written_errors(p), strict=True)
         ) + sum(entry.weight * entry.error for entry in plan.trunk.values())
         return Plan(**{**vars(plan), "layers": tuple(layers), "expected_loss": expected}).with_files(files)
 
@@ -278,7 +331,7 @@ class Job:
             write_whole(path, json.dumps(wanted).encode())
             return
         changed = [key for key in ("mlxmoe", "source") if found.get(key) != wanted[key]]
-        before, now = found["settings"], wanted["settings"]
+        before, now = (flattened(settings) for settings in (found["settings"], wanted["settings"]))
         changed += [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
             raise UserError(
@@ -343,6 +396,15 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(text).hexdigest(),
         "files": {path.name: path.stat().st_size for path in checkpoint.shards},
     }
+
+
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of settings under dotted names, so that what differs can be named."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, dict) and value
+        result |= flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return result
 
 
 def error_space(folder: Path) -> int:

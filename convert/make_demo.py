@@ -1,7 +1,8 @@
-"""Rebuilds the demo model inside the package: `python -m mlxmoe.convert.make_demo CHECKPOINT`.
+"""Rebuilds the demo model inside the package: `python -m mlxmoe.convert.make_demo CHECKPOINT --calibration TEXT`.
 
 CHECKPOINT is a small trained MoE in Hugging Face format (about 20M parameters); the package carries the result of the
-project's own converter on it, at most 12 MB.
+project's own converter on it, at most 12 MB, nested so that it serves smaller memories as well. `mlxmoe forecast` then
+measures what they cost.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from pathlib import Path
 
 from mlxmoe.arguments import note
 from mlxmoe.checkpoint import DEMO, folder_nbytes
+from mlxmoe.convert.calibrate import Calibration, file_sha256
 from mlxmoe.convert.config import ConvertConfig
 from mlxmoe.convert.job import Job
 from mlxmoe.units import format_size
 
 DEMO_NBYTES = 11_000_000
+DEMO_TOKENS = 65_536
 
 
-def make_demo(checkpoint: Path, output: Path = DEMO) -> int:
-    """Converts `checkpoint` and puts the result in the place of `output`, which it replaces. Returns the bytes."""
+def make_demo(checkpoint: Path, text: Path, output: Path = DEMO) -> int:
+    """Converts `checkpoint` by calibration text and puts the result in the place of `output`, which it replaces. Returns
+    the bytes."""
     fresh = output.with_name(output.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    Job(checkpoint, fresh, ConvertConfig(target_nbytes=DEMO_NBYTES)).run()
+    calibration = Calibration(str(text), file_sha256(text), tokens=DEMO_TOKENS, mu=1.0)
+    Job(checkpoint, fresh, ConvertConfig(target_nbytes=DEMO_NBYTES, calibration=calibration)).run()
     shutil.rmtree(output, ignore_errors=True)
     fresh.rename(output)
     return folder_nbytes(output)
@@ -32,7 +37,9 @@ def make_demo(checkpoint: Path, output: Path = DEMO) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rebuild the demo model inside the package.")
     parser.add_argument("checkpoint", type=Path, help="a small trained MoE in Hugging Face format")
-    note(f"{DEMO}: {format_size(make_demo(parser.parse_args().checkpoint))}")
+    parser.add_argument("--calibration", type=Path, required=True, metavar="F", help="calibration text")
+    args = parser.parse_args()
+    note(f"{DEMO}: {format_size(make_demo(args.checkpoint, args.calibration))}")
 
 
 if __name__ == "__main__":

@@ -14,22 +14,50 @@ import numpy as np
 
 from mlxmoe.convert.config import TRUNK_BITS, ConvertConfig
 from mlxmoe.convert.quantize import affine_search, clip_search
+from mlxmoe.convert.rotate import UNTURNED, Rotated, longest_rules
 from mlxmoe.convert.source import Source, TrunkTensor
 from mlxmoe.errors import UserError
 from mlxmoe.models import ExpertSite
+from mlxmoe.rotation import UNROTATED, LayerRotations, rotate
 
 _BLOCK_WEIGHTS = 1 << 23  # trunk tensors are converted to float32 in blocks of 32 MiB
 
 Progress = Callable[[int], object]  # called with the number of weights just done
 
 
+class ExpertScores(NamedTuple):
+    """What calibration text says of one layer's experts beside the loss (scores.py). Means over all tokens of the text.
+
+    output [P, E, levels]: squared error of the gate-weighted output of an expert, this projection alone quantized.
+    outputs [E]: the same of the output itself. weight [P, E, levels]: squared error of the weights. energy [P, E]: the same
+    of the weights themselves. frequency [E]: share of the tokens. contribution [E]: norm of the gate-weighted output.
+    massive [E]: share of massive activations.
+    """
+
+    output: np.ndarray
+    outputs: np.ndarray
+    weight: np.ndarray
+    energy: np.ndarray
+    frequency: np.ndarray
+    contribution: np.ndarray
+    massive: np.ndarray
+
+    @property
+    def relative(self) -> np.ndarray:
+        """[P, E, levels]: relative squared error of the weights."""
+        return self.weight / np.where(self.energy > 0, self.energy, 1.0)[..., None]
+
+
 class ExpertErrors(NamedTuple):
     """Of one layer: squared norms [P, E] and squared errors [P, E, levels], float64. weights [P, E]: what a relative error
-    of 1 costs; None: the rule of sensitivity.py."""
+    of 1 costs; None: the rule of sensitivity.py. scores: where the configuration asks for them. rotations: that the errors
+    were measured behind."""
 
     norms: np.ndarray
     errors: np.ndarray
     weights: np.ndarray | None = None
+    scores: ExpertScores | None = None
+    rotations: LayerRotations = UNROTATED
 
 
 class TrunkErrors(NamedTuple):
@@ -55,15 +83,20 @@ def candidate_formats(tensor: TrunkTensor) -> list[TrunkFormat]:
 
 
 def measure_layer(
-    source: Source, tensors: dict[str, mx.array], site: ExpertSite, levels: tuple[int, ...], progress: Progress
+    source: Source,
+    tensors: dict[str, mx.array],
+    site: ExpertSite,
+    levels: tuple[int, ...],
+    progress: Progress,
+    rotated: Rotated = UNTURNED,
 ) -> ExpertErrors:
-    """Errors of one layer's experts. Takes the layer's stacks out of `tensors`."""
+    """Errors of one layer's experts, coded behind rotations. Takes the layer's stacks out of `tensors`."""
     shapes = source.shapes[site.path]
     norms = np.zeros((len(shapes), site.num_experts))
     errors = np.zeros((len(shapes), site.num_experts, len(levels)))
     for p, shape in enumerate(shapes):
         for e, weight in enumerate(source.experts(tensors, site, shape.name)):
-            groups = weight.reshape(-1, shape.group_size)
+            groups = rotate(weight, rotated.of(p, len(shapes))).reshape(-1, shape.group_size)
             norms[p, e] = np.vdot(groups, groups)
             for i, level in enumerate(levels):
                 errors[p, e, i] = clip_search(groups, level)[1].sum(dtype=np.float64)
@@ -106,10 +139,12 @@ def check_finite(trunk: list[TrunkTensor], tensors: dict[str, mx.array]) -> None
 
 def unmeasured(source: Source, config: ConvertConfig) -> tuple[dict[int, ExpertErrors], TrunkErrors]:
     """Zeros in place of measurements: enough to know sizes."""
+    rotations = longest_rules(config.rotation, config.seed)
     experts = {
         site.layer: ExpertErrors(
             np.zeros((len(source.shapes[site.path]), site.num_experts)),
             np.zeros((len(source.shapes[site.path]), site.num_experts, len(config.expert_levels))),
+            rotations=rotations,
         )
         for site in source.sites
     }

@@ -11,11 +11,14 @@ Pure functions on numpy arrays. Shapes: C copies, T tokens, N outputs, E experts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from mlxmoe.convert.rotate import Rotation, dense
+from mlxmoe.convert.config import MIX_SHARES, Replication
+from mlxmoe.plan import LayerPlan
+from mlxmoe.rotation import Rotation, dense, plain_rotation
 
 COPIES = {"shared": 3, "frequent": 2, "domain": 2, "specialised": 1}
 FREQUENT = 0.1  # share of tokens
@@ -23,7 +26,7 @@ CONCENTRATED = 0.7  # share of an expert's tokens that one domain has
 BUDGET = 0.30
 ADAPTIVE = (0.15, 0.45)
 STRATEGIES = ("rotation", "activation", "mixed")
-_SCORES = {"output": 0.5, "gradient": 0.3, "frequency": 0.2}
+POOL = 8  # rotations of which the most different are taken
 _SETTLED = 10  # samples below which history says too little
 _GROUP_SIZES = (128, 64, 32)
 
@@ -59,15 +62,17 @@ def similarity_matrix(rotations: Sequence[Rotation]) -> np.ndarray:
     return (one_way + one_way.T) / 2
 
 
-def most_different(similarities: np.ndarray, count: int) -> list[int]:
-    """Indices of `count` rotations of a similarity matrix [R, R]: the least similar pair, then greedily the one with the
-    largest sum of angles arccos(similarity) to those chosen. One rotation is the first. Ties go to the lower index."""
+def most_different(similarities: np.ndarray, count: int, first: int | None = None) -> list[int]:
+    """Indices of `count` rotations of a similarity matrix [R, R]: the least similar pair (or one that is given), then
+    greedily the one with the largest sum of angles arccos(similarity) to those chosen. One rotation is the first. Ties go
+    to the lower index."""
     assert 1 <= count <= len(similarities)
     if count == 1:
-        return [0]
+        return [first or 0]
     angles = np.arccos(np.clip(similarities, -1, 1))
     upper = np.triu(angles, 1)
-    chosen = [int(i) for i in np.unravel_index(int(np.argmax(upper)), upper.shape)]
+    pair = [int(i) for i in np.unravel_index(int(np.argmax(upper)), upper.shape)]
+    chosen = pair if first is None else [first]
     while len(chosen) < count:
         sums = angles[:, chosen].sum(axis=1)
         sums[chosen] = -np.inf
@@ -98,6 +103,14 @@ def copy_settings(count: int, strategy: str) -> list[CopySettings]:
     return settings
 
 
+@cache
+def copy_seeds(name: str, columns: int, count: int, seed: int) -> tuple[int, ...]:
+    """Seeds of the rotations of `count` copies, by a name of SEEDED: `seed`, and of the POOL seeds from it on those that are
+    most different from it and from each other."""
+    pool = [plain_rotation(name, columns, seed + i) for i in range(POOL)]
+    return tuple(seed + i for i in most_different(similarity_matrix(pool), count, first=0))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which experts
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,10 +126,12 @@ def group(frequency: float, concentration: float, shared: bool = False) -> str:
     return "domain" if concentration > CONCENTRATED else "specialised"
 
 
-def sensitivity(output: np.ndarray, gradient: np.ndarray, frequency: np.ndarray) -> np.ndarray:
-    """[E]: 50 % output error, 30 % gradient, 20 % frequency, each scaled to a largest value of 1."""
-    parts = {"output": output, "gradient": gradient, "frequency": frequency}
-    return sum((weight * _to_one(parts[name]) for name, weight in _SCORES.items()), np.zeros(len(output)))
+def sensitivity(
+    output: np.ndarray, gradient: np.ndarray, frequency: np.ndarray, shares: Sequence[float] = MIX_SHARES
+) -> np.ndarray:
+    """[E]: by default 50 % output error, 30 % gradient, 20 % frequency, each scaled to a largest value of 1."""
+    parts = (output, gradient, frequency)
+    return sum((share * _to_one(part) for share, part in zip(shares, parts, strict=True)), np.zeros(len(output)))
 
 
 def _to_one(values: np.ndarray) -> np.ndarray:
@@ -155,6 +170,23 @@ def adaptive_budgets(
     return np.clip(top * layer_scores, low, high)
 
 
+def copies_per_expert(how: Replication, scores: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """int [E] of each layer: how many copies its experts get. scores: [E] of each layer, what quantizing an expert costs;
+    all 0 where nothing is measured yet: then as many experts as there can be."""
+    layers = np.array([float(layer.sum()) for layer in scores])
+    shares = np.full(len(scores), how.share)
+    if how.by == "adaptive":
+        low, high = min(ADAPTIVE[0], how.share), max(ADAPTIVE[1], how.share)
+        shares = adaptive_budgets(layers, how.share, (low, high)) if layers.any() else np.full(len(scores), high)
+    if how.by == "random":
+        random = np.random.default_rng(seed)
+        scores = [random.permutation(len(layer)).astype(np.float64) for layer in scores]
+    return [
+        1 + (how.copies - 1) * choose_replicated(layer, float(share)).astype(int)
+        for layer, share in zip(scores, shares, strict=True)
+    ]
+
+
 def ensemble_error(error: float, copies: int) -> float:
     """Relative squared error of the best multiple of the mean of k independent copies of relative error D each, by an
     MSE-optimal quantizer, w^ = (1-D) w + n with var n = D (1-D): D / (D + k (1-D))."""
@@ -179,6 +211,22 @@ def variance_weights(variances: np.ndarray) -> np.ndarray:
         return exact / exact.sum()
     inverse = 1 / variances
     return inverse / inverse.sum()
+
+
+def output_weights(how: Replication, layer: LayerPlan) -> list[list[float]]:
+    """[C][E]: what the outputs of a written layer's copies count, to four digits. `learned` ones are in the plan already."""
+    assert layer.replicas is not None
+    count = layer.num_matrices
+    weights = np.zeros((len(layer.copy_rotations), len(layer.experts)))
+    for e, entry in enumerate(layer.experts):
+        starts = range(0, layer.num_copies(e) * count, count)
+        errors = np.array([sum(levels[-1] for levels in entry.errors[i : i + count]) for i in starts])
+        if how.combine == "learned":
+            found = np.array([row[e] for row in layer.replicas.weights[: len(errors)]])
+        else:
+            found = variance_weights(errors) if how.combine == "variance" else mean_weights(len(errors))
+        weights[: len(errors), e] = found
+    return [[float(f"{weight:.4g}") for weight in row] for row in weights]
 
 
 def learned_weights(outputs: np.ndarray, target: np.ndarray, ridge: float = 1e-6) -> np.ndarray:

@@ -1,20 +1,8 @@
-"""Rotations of a matrix's input side, W x = (W R') (R x): which there are, and whether one pays.
+"""Which rotation of a matrix's input side pays, and those that are fitted to activations. What they are: mlxmoe/rotation.py.
 
 A rotation spreads what stands out in few columns over all of them. For weights that are near Gaussian there is nothing to
 spread, and weights with lighter tails than that get worse, so `choose_rotation` measures with the real quantizer and keeps
 "none" unless the weighted error of the outputs falls by more than 0.3 dB.
-
-R = M S: signs S = diag(s), then an orthogonal matrix M [B, B] on each of the K / B blocks of B columns. The signs come
-before M because behind it they would only mirror the quantized values: two replicas would then have the same error.
-
-    none                    B = 1, M = 1
-    random                  B = K, Q of a QR decomposition of a Gaussian matrix, its columns signed so that diag(R) > 0: then
-                            Q is spread evenly over all orthogonal matrices (Mezzadri, math-ph/0609050, section 5)
-    hadamard                B = K, a power of two: Sylvester's matrix / sqrt(K)
-    randomised-hadamard     the same behind random signs (QuIP#, arXiv 2402.04396, section 3)
-    block-hadamard-64, -128 random signs, then Sylvester's matrix on blocks (the runtime's kernel `hadamard_blocks`)
-    dfrot-50 ... dfrot-200  fitted to activations, see `dfrot` (arXiv 2412.00648)
-    dfrot-adaptive          the one of these with the least weighted error of the given weights
 
 Where R can be had for nothing: before gate and up it may be fused offline into everything that reads and writes the
 residual stream (embedding, attention, router, shared and routed experts, head), once the gains of the norms are folded
@@ -26,7 +14,9 @@ Shapes: K columns, N rows, E experts, T tokens, B block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,11 +24,30 @@ import numpy as np
 from mlxmoe.convert.gptq import curvature, decoded, output_errors, quantize, symmetric_code
 from mlxmoe.convert.quantize import clip_search
 from mlxmoe.errors import UserError
+from mlxmoe.formats import MatrixShape
+from mlxmoe.rotation import (
+    FITTED,
+    GAMMAS,
+    IDENTITY,
+    NAMES,
+    PLAIN,
+    STORED,
+    LayerRotations,
+    Rotation,
+    RotationRule,
+    dense,
+    fits,
+    plain_rotation,
+    rotate,
+    rotate_moments,
+    rotation_signs,
+)
 
-GAMMAS = (50, 100, 150, 200)
-PLAIN = ("none", "random", "hadamard", "randomised-hadamard", "block-hadamard-64", "block-hadamard-128")
-FITTED = (*(f"dfrot-{gamma}" for gamma in GAMMAS), "dfrot-adaptive")
-NAMES = (*PLAIN, *FITTED)
+AUTO = "auto"
+CHOICES = (AUTO, *NAMES)
+# Of AUTO: they cost no bytes
+CANDIDATES = ("hadamard", "randomised-hadamard", "block-hadamard-64", "block-hadamard-128")
+
 WORTHWHILE_DB = 0.3  # less is within what another seed changes
 MASSIVE_SHARE = 0.25  # a Gaussian token of 64 values or more stays far below
 _ACTIVATION_BITS = 4  # what DFRot's objective quantizes activations to
@@ -46,101 +55,11 @@ _ITERATIONS = 20
 _LEAST_DROP = 1e-3  # relative: a step that gains less ends the fit
 
 
-class Rotation(NamedTuple):
-    """R = M S on rows of K values: signs float32 [K], block float32 [B, B] orthogonal, B dividing K."""
-
-    name: str
-    signs: np.ndarray
-    block: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        """What a file needs for it: a bit a sign; a block that no rule gives as float16."""
-        ruled = self.name in PLAIN and self.name != "random"
-        return -(-int((self.signs < 0).any()) * len(self.signs) // 8) + (0 if ruled else 2 * self.block.size)
-
-
 class Choice(NamedTuple):
     """The rotation chosen by name, and what every candidate gains on none, in dB of weighted output error."""
 
     name: str
     gains: dict[str, float]
-
-
-def rotate(x: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """R applied to rows: x [..., K] -> float32 [..., K]. Activations x become R x, rows of W become those of W R'."""
-    if rotation.name == "none":
-        return x.astype(np.float32, copy=False)
-    blocks = (x * rotation.signs).reshape(*x.shape[:-1], -1, len(rotation.block))
-    return (blocks @ rotation.block.T).astype(np.float32, copy=False).reshape(x.shape)
-
-
-def unrotate(x: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """R' applied to rows: the inverse of `rotate`."""
-    if rotation.name == "none":
-        return x.astype(np.float32, copy=False)
-    blocks = x.reshape(*x.shape[:-1], -1, len(rotation.block)) @ rotation.block
-    return (blocks.reshape(x.shape) * rotation.signs).astype(np.float32, copy=False)
-
-
-def dense(rotation: Rotation) -> np.ndarray:
-    """R as a float32 matrix [K, K]."""
-    return np.ascontiguousarray(rotate(np.eye(len(rotation.signs), dtype=np.float32), rotation).T)
-
-
-def rotate_moments(moments: np.ndarray, rotation: Rotation) -> np.ndarray:
-    """Second moments of the inputs [..., K, K] -> those of the rotated inputs, R H R'."""
-    return rotate(rotate(moments, rotation).swapaxes(-1, -2), rotation).swapaxes(-1, -2)
-
-
-def sylvester(size: int) -> np.ndarray:
-    """float32 [size, size]: Sylvester's Hadamard matrix / sqrt(size). Raises UserError unless size is a power of two."""
-    if size < 1 or size & (size - 1):
-        raise UserError(
-            f"there is no Hadamard rotation of {size} columns here: {size} is not a power of two",
-            "use block-hadamard-64 or block-hadamard-128",
-        )
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.float32(np.sqrt(size))
-
-
-def random_orthogonal(size: int, seed: int) -> np.ndarray:
-    """float32 [size, size], spread evenly over all orthogonal matrices."""
-    q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, size)))
-    return (q * np.where(np.diag(r) < 0, -1.0, 1.0)).astype(np.float32)
-
-
-def random_signs(size: int, seed: int) -> np.ndarray:
-    """float32 [size] of +1 and -1."""
-    return np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), size)
-
-
-def plain_rotation(name: str, columns: int, seed: int = 0) -> Rotation:
-    """A rotation of PLAIN for K columns. Raises UserError for another name and for columns that it does not fit."""
-    ones = np.ones(columns, np.float32)
-    if name == "none":
-        return Rotation(name, ones, np.ones((1, 1), np.float32))
-    if name == "random":
-        return Rotation(name, ones, random_orthogonal(columns, seed))
-    if name == "hadamard":
-        return Rotation(name, ones, sylvester(columns))
-    if name == "randomised-hadamard":
-        return Rotation(name, random_signs(columns, seed), sylvester(columns))
-    if name in PLAIN:
-        size = int(name.rpartition("-")[2])
-        if columns % size:
-            raise UserError(f"{name} does not fit {columns} columns", f"{size} must divide them; try block-hadamard-64")
-        return Rotation(name, random_signs(columns, seed), sylvester(size))
-    raise UserError(f"{name!r} is no plain rotation", f"choose among {', '.join(PLAIN)}")
-
-
-def fits(name: str, columns: int) -> bool:
-    """Whether a rotation of NAMES can be had for K columns."""
-    if name in ("hadamard", "randomised-hadamard") or name.startswith("dfrot"):
-        return columns & (columns - 1) == 0
-    return not name.startswith("block-") or columns % int(name.rpartition("-")[2]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,3 +202,124 @@ def choose_rotation(
             gains[name] = float(10 * np.log10(max(base, 1e-300) / max(error(name), 1e-300)))
     best = max(gains, key=lambda name: gains[name])
     return Choice(best if gains[best] > WORTHWHILE_DB else "none", gains)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of a layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Rotated(NamedTuple):
+    """The rotations of one layer's experts: of the input, which all projections but the last read, and of the hidden
+    values, the last one's input."""
+
+    inputs: Rotation
+    hidden: Rotation
+
+    def of(self, projection: int, count: int) -> Rotation:
+        """What the columns of one of `count` projections are rotated by."""
+        return self.hidden if projection == count - 1 else self.inputs
+
+    def rules(self, seed: int) -> LayerRotations:
+        """For the plan."""
+        return LayerRotations(*(RotationRule(r.name, 0 if r.name == "none" else seed, _crc32(r)) for r in self))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """An artefact that `from_arrays` reads: names, and the matrices that no rule gives."""
+        stored = {place: matrix_of(rotation) for place, rotation in self._asdict().items() if rotation.name in STORED}
+        return {"names": np.array([rotation.name for rotation in self]), **stored}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], shapes: Sequence[MatrixShape], seed: int) -> Rotated:
+        names = [str(name) for name in arrays["names"]]
+        return cls(
+            *(
+                Rotation(name, rotation_signs(name, shape.columns, seed), arrays[place].astype(np.float32))
+                if name in STORED
+                else plain_rotation(name, shape.columns, seed)
+                for place, name, shape in zip(cls._fields, names, (shapes[0], shapes[-1]), strict=True)
+            )
+        )
+
+
+UNTURNED = Rotated(IDENTITY, IDENTITY)
+
+
+def longest_rules(name: str, seed: int) -> LayerRotations:
+    """What the plan will say of a layer, at its longest: AUTO has not chosen yet, checksums are not known."""
+    longest = max(CANDIDATES, key=len) if name == AUTO else name
+    rule = RotationRule(longest, 0 if longest == "none" else seed, 2**32 - 1 if longest in STORED else 0)
+    return LayerRotations(rule, rule)
+
+
+def matrix_of(rotation: Rotation) -> np.ndarray:
+    """float16 [K, K]: the matrix of a rotation as a file holds it."""
+    return rotation.block.astype(np.float16)
+
+
+def _crc32(rotation: Rotation) -> int:
+    return zlib.crc32(matrix_of(rotation).tobytes()) if rotation.name in STORED else 0
+
+
+def as_stored(rotation: Rotation) -> Rotation:
+    """With the matrix that the file will hold: weights are coded for that one."""
+    if rotation.name not in STORED:
+        return rotation
+    return rotation._replace(block=matrix_of(rotation).astype(np.float32))
+
+
+class Sample(NamedTuple):
+    """What a rotation is chosen by, of matrices that read the same values: weights float32 [E, N, K], second moments of
+    their inputs [E, K, K], and inputs [T, K] for rotations that are fitted to them."""
+
+    weights: np.ndarray
+    second_moments: np.ndarray
+    inputs: np.ndarray | None = None
+
+
+def unsampled_rotation(name: str, shapes: Sequence[MatrixShape], seed: int) -> Rotated:
+    """A layer's rotations by a name of PLAIN, without any text."""
+    return Rotated(*(as_stored(plain_rotation(name, shape.columns, seed)) for shape in (shapes[0], shapes[-1])))
+
+
+def sampled_rotation(
+    name: str, shapes: Sequence[MatrixShape], samples: tuple[Sample, Sample], bits: int, seed: int
+) -> Rotated:
+    """A layer's rotations by any name, or by what pays among CANDIDATES for codes of `bits` (AUTO). `samples`: of the
+    input's matrices and of the hidden values'."""
+
+    def made(shape: MatrixShape, sample: Sample) -> Rotation:
+        chosen = name
+        if name == AUTO:
+            chosen = choose_rotation(
+                *(sample.weights, sample.second_moments, CANDIDATES), bits=bits, group_size=shape.group_size, seed=seed
+            ).name
+        return as_stored(
+            make_rotation(
+                *(chosen, shape.columns, seed, sample.inputs, sample.weights, sample.second_moments),
+                bits=bits,
+                group_size=shape.group_size,
+            )
+        )
+
+    return Rotated(made(shapes[0], samples[0]), made(shapes[-1], samples[1]))
+
+
+def chosen_rotations(layers: Sequence[LayerRotations]) -> str:
+    """What AUTO has chosen, for people."""
+    parts = []
+    for what, rules in zip(("input", "hidden values"), zip(*layers, strict=True), strict=True):
+        counts = Counter(rule.name for rule in rules).most_common()
+        parts.append(f"{what} {', '.join(f'{name} in {count}' for name, count in counts)}")
+    return f"rotations, by layers: {'; '.join(parts)}"
+
+
+def check_rotation(name: str, shapes: Sequence[MatrixShape]) -> None:
+    """Raises UserError for a name that does not fit the matrices of a layer."""
+    for shape in (shapes[0], shapes[-1]):
+        if name != AUTO and not fits(name, shape.columns):
+            wants = "a multiple of the block" if name.startswith("block-") else "a power of two"
+            raise UserError(
+                f"--rotation {name} does not fit the {shape.columns} columns of {shape.name}, which are not {wants}",
+                "try --rotation block-hadamard-64, random or auto",
+            )

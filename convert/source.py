@@ -45,6 +45,8 @@ class Source:
     def __init__(self, checkpoint: Checkpoint, group_size: int):
         if checkpoint.kind == "converted":
             raise UserError(f"{checkpoint.name} is already converted", "convert from the original checkpoint")
+        if checkpoint.kind == "repacked":
+            raise UserError(f"{checkpoint.name} is a repacked folder", "convert the checkpoint that it was made from")
         self.checkpoint = checkpoint
         model_class, args_class = model_classes(checkpoint.config)
         self.build: Callable[[], Any] = lambda: model_class(args_class.from_dict(checkpoint.config))  # type: ignore[call-arg]
@@ -63,7 +65,7 @@ class Source:
         for shard in self.checkpoint.shards:
             loaded.update(cast(dict[str, mx.array], mx.load(str(shard))))
         try:
-            tensors = _dequantized(self.build().sanitize(loaded), self._modules)
+            tensors = dequantized(self.build().sanitize(loaded), self._modules)
         except UserError:
             raise
         except ValueError as error:  # MLX cannot stack or split tensors of these shapes
@@ -142,7 +144,7 @@ def _expert_shapes(site: ExpertSite, group_size: int) -> tuple[MatrixShape, ...]
     return tuple(MatrixShape(name, n, k, choose_group_size(k, group_size)) for name, n, k in dims)
 
 
-def _dequantized(tensors: dict[str, mx.array], modules: dict[str, nn.Module]) -> dict[str, mx.array]:
+def dequantized(tensors: dict[str, mx.array], modules: dict[str, nn.Module]) -> dict[str, mx.array]:
     """Replaces packed weights (gpt-oss as shipped in MXFP4, a stock MLX checkpoint) by lazy dequantized ones."""
     result = dict(tensors)
     for name in tensors:

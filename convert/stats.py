@@ -26,25 +26,40 @@ import numpy as np
 from mlxmoe.convert.stream import Record
 from mlxmoe.errors import UserError
 
-BORROWED_TOKENS = 128  # an expert's own moments count like its tokens, its layer's like this many
-EVEN_SHARE = 0.5  # of the mean weight, added to every token's: the gradients of single draws are noisy
+BORROWED_TOKENS = 256  # an expert's own moments count like its tokens, its layer's like this many
+MOST_INPUTS = 4096  # that are kept of one module, where any are
+EVEN_SHARE = 2.0  # of the mean weight, added to every token's: the gradients of single draws are noisy
 
 
 class Moments(NamedTuple):
     """Of one module: hessian float32 [E, K, K] and row_weights float64 [E, N] (rho); tokens int64 [E] that each expert saw.
-    outputs: loss of a relative squared error of 1 that is spread evenly (for what has no matrix of its own inputs)."""
+    outputs: loss of a relative squared error of 1 that is spread evenly (for what has no matrix of its own inputs).
+    inputs float32 [S, K]: some of them, where asked for."""
 
     hessian: np.ndarray
     row_weights: np.ndarray
     tokens: np.ndarray
     outputs: float
+    inputs: np.ndarray | None = None
+
+
+def unseen_directions(moments: Moments, tokens: int) -> int:
+    """Directions of the inputs that a text of so many tokens has nothing to say about: columns beyond their number, or
+    always zero. The second moments are singular in them: only the damping of gptq.py gives an error there a cost. One
+    number for all experts, since each has its layer's moments mixed in."""
+    if not len(moments.hessian):
+        return 0
+    columns = moments.hessian.shape[-1]
+    zero = (np.diagonal(moments.hessian, axis1=1, axis2=2) <= 0).all(axis=0).sum()
+    return max(int(zero), columns - min(tokens, int(moments.tokens.sum())))
 
 
 class Accumulator:
-    """Sums records of one module over batches. `num_experts` 0: a matrix of the trunk."""
+    """Sums records of one module over batches. `num_experts` 0: a matrix of the trunk. `sample`: inputs to keep of each."""
 
-    def __init__(self, path: str, num_experts: int = 0, dense: bool = True):
-        self._path, self._experts, self._dense = path, num_experts, dense
+    def __init__(self, path: str, num_experts: int = 0, dense: bool = True, sample: int = 0):
+        self._path, self._experts, self._dense, self._sample = path, num_experts, dense, sample
+        self._inputs: list[np.ndarray] = []
         self._moments: np.ndarray | None = None  # [E, K, K]
         self._even: np.ndarray | None = None
         self._weights = np.zeros(max(1, num_experts))
@@ -57,6 +72,8 @@ class Accumulator:
         self._total += tokens
         squares = np.square(record.gradients)
         self._outputs += float((squares.mean(axis=1) * np.square(record.outputs).sum(axis=1)).sum(dtype=np.float64))
+        if self._sample and len(self._inputs) * self._sample < MOST_INPUTS:
+            self._inputs.append(record.inputs[:: max(1, len(record.inputs) // self._sample)][: self._sample])
         if not self._dense:
             return
         if record.experts is None:
@@ -102,4 +119,5 @@ class Accumulator:
         hessian = (own + BORROWED_TOKENS * layer) / (counts + BORROWED_TOKENS)[:, None, None]
         rows = self._rows / total
         rows = rows + 0.01 * rows.mean(axis=0)  # so that what was never routed to is not worth nothing
-        return Moments(hessian.astype(np.float32), rows, self._counts, self._outputs / total / 2)
+        inputs = np.concatenate(self._inputs) if self._inputs else None
+        return Moments(hessian.astype(np.float32), rows, self._counts, self._outputs / total / 2, inputs)

@@ -16,18 +16,28 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
-from mlxmoe.convert.source import Source
+from mlxmoe.checkpoint import Checkpoint
 from mlxmoe.errors import UserError
-from mlxmoe.prepared import (activation_dtype)
-from mlxmoe.models import named_arrays
+from mlxmoe.models import ExpertSite, named_arrays
+from mlxmoe.prepared import activation_dtype
+
+
+class Weights(Protocol):
+    """Where a LayerStream takes its weights from: source.Source, written.Written."""
+
+    checkpoint: Checkpoint
+    sites: list[ExpertSite]
+    build: Callable[[], Any]
+
+    def tensors(self) -> dict[str, mx.array]: ...
 
 
 class Record(NamedTuple):
@@ -41,10 +51,11 @@ class Record(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """The gradient [B, T, D] at the input, and the records by the path of the module."""
+    """The gradient [B, T, D] at the input, the records by the path of the module, and the loss that they belong to."""
 
     gradient: mx.array
     records: dict[str, Record]
+    loss: float
 
 
 class _StandIn:
@@ -71,7 +82,7 @@ class _StandIn:
 
 
 class _Recorder(nn.Module):
-    """Around a module with a matrix: keeps what goes in and comes out, and adds `offset` to it."""
+    """Around a module: keeps what goes in and comes out, and adds `offset` to it."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
@@ -85,20 +96,24 @@ class _Recorder(nn.Module):
         return getattr(super().__getattr__("inner"), name)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return self._note(x, self.inner(x, *args, **kwargs), args)
+        y = self.inner(x, *args, **kwargs)
+        return y if isinstance(self.inner, nn.Embedding) else self._note(x, y, args)  # tied: recorded as the head
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._note(x, self.inner.as_linear(x), ())
 
     def _note(self, x: mx.array, y: mx.array, args: tuple[Any, ...]) -> mx.array:
-        self._seen = [x, args[0] if isinstance(self.inner, SwitchLinear) else None, y]
+        routed = isinstance(self.inner, SwitchLinear | SwitchGLU | SwitchMLP)
+        # All experts of a layer in one module take [..., D] and give [..., A, D]; their matrices have a row for each pair.
+        each = x if not routed or isinstance(self.inner, SwitchLinear) else mx.expand_dims(x, (-2, -3))
+        self._seen = [each, args[0] if routed else None, y]
         return y if self._offset is None else y + self._offset
 
 
 class LayerStream:
     """See the file's heading. Reads weights from `source`, one layer at a time; `load` before `run`."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Weights):
         self._source = source
         self._dtype = activation_dtype(source.checkpoint.config)
         self.model: Any = source.build()
@@ -142,11 +157,12 @@ class LayerStream:
         """Puts other values, as float32 arrays under the model's names, in the place of loaded ones."""
         for name, array in weights:
             path, _, leaf = name.rpartition(".")
-            module = self._module(path)
+            module = self.module(path)
             module[leaf] = mx.array(array).reshape(module[leaf].shape).astype(module[leaf].dtype)
             mx.eval(module[leaf])
 
-    def _module(self, path: str) -> nn.Module:
+    def module(self, path: str) -> nn.Module:
+        """The one at a path of the model, in a layer or outside."""
         if path.startswith(self._prefix + "."):
             index, _, rest = path.removeprefix(self._prefix + ".").partition(".")
             return dict(self.layers[int(index)].named_modules())[rest]
@@ -155,7 +171,7 @@ class LayerStream:
     def weight(self, name: str) -> np.ndarray:
         """float32: a loaded weight under the model's name. Raises UserError for values not finite."""
         path, _, leaf = name.rpartition(".")
-        array = np.array(self._module(path)[leaf].astype(mx.float32))
+        array = np.array(self.module(path)[leaf].astype(mx.float32))
         if not np.isfinite(array).all():
             raise UserError(f"{name} has values that are not finite", "the checkpoint is damaged: download it again")
         return array
@@ -177,9 +193,12 @@ class LayerStream:
         return hidden
 
     def run(self, index: int, tokens: mx.array, hidden: mx.array) -> mx.array:
-        """The output [B, T, D] of one loaded layer."""
+        """The output [B, T, D] of one loaded layer. Raises UserError for one that cannot run alone."""
         self.model(tokens)
-        return self._call(index, hidden)
+        try:
+            return self._call(index, hidden)
+        except ValueError as error:
+            raise self._unfit(error) from None
 
     def _call(self, index: int, hidden: mx.array) -> mx.array:
         args, kwargs = self._stand_ins[index].call
@@ -187,17 +206,52 @@ class LayerStream:
         output: mx.array = result[0] if isinstance(result, tuple) else result
         return output
 
+    def logits(self, tokens: mx.array, hidden: mx.array) -> mx.array:
+        """[B, T, V]: what follows the last layer, from the hidden states [B, T, D] behind it."""
+        self._stand_ins[-1].given = hidden
+        try:
+            logits: mx.array = self.model(tokens)
+            return logits
+        finally:
+            self._stand_ins[-1].given = None
+
     def differentiate(
         self, index: int, tokens: mx.array, hidden: mx.array, gradient: mx.array, paths: Iterable[str]
     ) -> Backward:
         """Backward through one loaded layer from the gradient [B, T, D] at its output; records the modules `paths`."""
+        return self.descend(index, tokens, hidden, lambda y: (y * gradient.astype(mx.float32)).sum(), paths)
+
+    def descend(
+        self,
+        index: int,
+        tokens: mx.array,
+        hidden: mx.array,
+        loss: Callable[[mx.array], mx.array],
+        paths: Iterable[str],
+    ) -> Backward:
+        """Backward through one loaded layer from a loss of its output (float32 [B, T, D]); records the modules `paths`."""
         self.model(tokens)
         prefix = self.path(index) + "."
+        return self._backward(
+            self.layers[index], prefix, paths, lambda x: loss(self._call(index, x).astype(mx.float32)), hidden
+        )
 
-        def loss(x: mx.array) -> mx.array:
-            return (self._call(index, x).astype(mx.float32) * gradient.astype(mx.float32)).sum()
-
-        return self._backward(self.layers[index], prefix, paths, loss, hidden)
+    def inputs(self, index: int, tokens: mx.array, hidden: mx.array, path: str) -> mx.array:
+        """What the module `path` of a loaded layer gets, [..., K]. Raises UserError for one that is never called."""
+        module, name = self.layers[index], path.removeprefix(self.path(index) + ".")
+        inner = dict(module.named_modules())[name]
+        recorder = _Recorder(inner)
+        module.update_modules(tree_unflatten([(name, recorder)]))
+        try:
+            self.run(index, tokens, hidden)
+        finally:
+            module.update_modules(tree_unflatten([(name, inner)]))
+        if not recorder._seen:
+            raise UserError(
+                f"{self._source.checkpoint.name}: {path} is not called as a module", "leave its calibration out"
+            )
+        seen: mx.array = recorder._seen[0]
+        return seen
 
     def sample(self, tokens: mx.array, hidden: mx.array, paths: Iterable[str], seed: int) -> Backward:
         """Backward through what follows the last layer, from the log-probability of a next token drawn by the model itself
@@ -205,17 +259,32 @@ class LayerStream:
         KL divergence."""
         key = mx.random.key(seed)
 
-        def loss(x: mx.array) -> mx.array:
-            self._stand_ins[-1].given = x
-            logits = self.model(tokens).astype(mx.float32)
+        def loss(logits: mx.array) -> mx.array:
             logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             drawn = mx.stop_gradient(mx.random.categorical(logs, key=key))
             return mx.take_along_axis(logs, drawn[..., None], -1).sum()
 
+        return self.conclude(tokens, hidden, loss, paths)
+
+    def conclude(
+        self, tokens: mx.array, hidden: mx.array, loss: Callable[[mx.array], mx.array], paths: Iterable[str]
+    ) -> Backward:
+        """Backward through what follows the last layer, from a loss of the logits (float32 [B, T, V])."""
+
+        def behind(x: mx.array) -> mx.array:
+            self._stand_ins[-1].given = x
+            return loss(self.model(tokens).astype(mx.float32))
+
         try:
-            return self._backward(self.model, "", paths, loss, hidden)
+            return self._backward(self.model, "", paths, behind, hidden)
         finally:
             self._stand_ins[-1].given = None
+
+    def _unfit(self, error: ValueError) -> UserError:
+        return UserError(
+            f"{self._source.checkpoint.name}: this architecture cannot be calibrated ({error})",
+            "convert it with --method rtn",
+        )
 
     def _backward(
         self,
@@ -241,19 +310,16 @@ class LayerStream:
                 value = loss(x)
                 return value, [r._seen for r in recorders]
 
-            (_, seen), (at_input, at_outputs) = mx.value_and_grad(traced, argnums=(0, 1))(hidden, offsets)
-            mx.eval(at_input, at_outputs, seen)
+            (value, seen), (at_input, at_outputs) = mx.value_and_grad(traced, argnums=(0, 1))(hidden, offsets)
+            mx.eval(value, at_input, at_outputs, seen)
         except ValueError as error:
-            raise UserError(
-                f"{self._source.checkpoint.name}: this architecture cannot be calibrated ({error})",
-                "convert it with --method rtn",
-            ) from None
+            raise self._unfit(error) from None
         finally:
             module.update_modules(tree_unflatten(list(zip(names, inner, strict=True))))
         records = {
             path: _record(seen_by, at_output) for path, seen_by, at_output in zip(paths, seen, at_outputs, strict=True)
         }
-        return Backward(at_input, records)
+        return Backward(at_input, records, float(np.array(value)))
 
 
 def _record(seen: list[Any], gradient: mx.array) -> Record:

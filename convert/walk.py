@@ -20,6 +20,7 @@ from mlxmoe.errors import UserError
 
 _BATCH_TOKENS = 2048
 
+Rows = slice | np.ndarray  # which windows
 Spill = Callable[[slice, mx.array], None]  # called with rows of the tokens, in order, and their values [B, T, D]
 
 
@@ -41,10 +42,10 @@ class Walk:
         for start in range(0, len(self.tokens), step):
             yield slice(start, min(start + step, len(self.tokens)))
 
-    def batch(self, rows: slice) -> mx.array:
+    def batch(self, rows: Rows) -> mx.array:
         return mx.array(self.tokens[rows])
 
-    def read(self, kind: str, i: int, rows: slice) -> mx.array:
+    def read(self, kind: str, i: int, rows: Rows) -> mx.array:
         stored = np.load(self.path(kind, i), mmap_mode="r")[rows]
         array = mx.array(np.ascontiguousarray(stored))
         return array.view(mx.bfloat16) if stored.dtype == np.uint16 else array
@@ -81,8 +82,9 @@ class Walk:
                 for rows in self.batches():
                     write(rows, self.stream.embed(self.batch(rows)))
 
-    def advance(self, i: int, kind: str) -> None:
-        """The hidden states behind a loaded layer from those before it. Raises UserError where they are not finite."""
+    def advance(self, i: int, kind: str, observe: Callable[[slice, mx.array], None] | None = None) -> None:
+        """The hidden states behind a loaded layer from those before it; `observe` is called with every batch of them. Raises
+        UserError where they are not finite."""
         with self.spill(kind, i + 1) as write:
             for rows in self.batches():
                 output = self.stream.run(i, self.batch(rows), self.read(kind, i, rows))
@@ -91,4 +93,6 @@ class Walk:
                         f"the hidden states behind {self.stream.path(i)} are not finite",
                         "the checkpoint or its configuration is damaged; --method rtn converts without running the model",
                     )
+                if observe is not None:
+                    observe(rows, output)
                 write(rows, output)

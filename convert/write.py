@@ -18,8 +18,10 @@ import numpy as np
 from mlxmoe.convert.allocate import shard_header
 from mlxmoe.convert.measure import Progress, TrunkFormat, row_blocks
 from mlxmoe.convert.quantize import Affine, affine_search, clip_search, encode, truncation_fit
+from mlxmoe.convert.rotate import Rotated, matrix_of
 from mlxmoe.convert.source import Source, TrunkTensor
 from mlxmoe.formats import (
+    ABSENT,
     LEVELS,
     PLANE_WIDTHS,
     MatrixShape,
@@ -31,7 +33,8 @@ from mlxmoe.formats import (
 )
 from mlxmoe.models import ExpertSite
 from mlxmoe.plan import ExpertEntry, FileEntry, LayerPlan
-from mlxmoe.store import layer_header, record_nbytes, record_parts
+from mlxmoe.rotation import Rotation, plain_rotation, rotate
+from mlxmoe.store import layer_header, record_nbytes, record_parts, rotation_matrices
 from mlxmoe.work import whole_file, write_whole
 
 
@@ -47,6 +50,17 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_whole(path, buffer.getvalue())
+
+
+def save_rotations(folder: Path, layer: int, rotated: Rotated) -> None:
+    """Keeps the rotations that a layer is measured behind, for `load_rotations`."""
+    save_arrays(folder / f"rotation-{layer}.npz", rotated.arrays())
+
+
+def load_rotations(folder: Path, layer: int, shapes: Sequence[MatrixShape], seed: int) -> Rotated:
+    """What `save_rotations` has kept for a layer whose projections have these shapes."""
+    with np.load(folder / f"rotation-{layer}.npz") as saved:
+        return Rotated.from_arrays(saved, shapes, seed)
 
 
 def pack_matrix(weight: np.ndarray, shape: MatrixShape, level: int) -> Packed:
@@ -68,42 +82,67 @@ def pack_matrix(weight: np.ndarray, shape: MatrixShape, level: int) -> Packed:
     return Packed(matrix, tuple(errors))
 
 
-def pack_record(layer: LayerPlan, entry: ExpertEntry, matrices: Sequence[PackedMatrix], plane: int) -> bytes:
+def pack_record(layer: LayerPlan, entry: ExpertEntry, matrices: Sequence[PackedMatrix | None], plane: int) -> bytes:
     """One record: the plane of every projection that has it, in plane 0 the scales as well, filled up with zeros."""
     record = bytearray(record_nbytes(layer, entry, plane))
     for part in record_parts(layer, entry, plane):
         matrix = matrices[part.projection]
+        assert matrix is not None
         array = matrix.scales if part.field == "scales" else matrix.planes[plane]
         record[part.offset : part.offset + part.nbytes] = array_bytes(array)
     return bytes(record)
 
 
 def packed_experts(
-    source: Source, tensors: dict[str, mx.array], site: ExpertSite, layer: LayerPlan
-) -> Iterator[list[Packed]]:
-    """The matrices of each expert by least squares on the weights. Takes the layer's stacks out of `tensors`."""
-    streams = [source.experts(tensors, site, shape.name) for shape in layer.projections]
+    source: Source, tensors: dict[str, mx.array], site: ExpertSite, layer: LayerPlan, rotated: Rotated
+) -> Iterator[list[Packed | None]]:
+    """The matrices of each expert, None where it has no such copy, behind the layer's rotations, by least squares on the
+    weights. Takes the layer's stacks out of `tensors`."""
+    count, turns = layer.num_matrices, copy_turns(layer, rotated)
+    streams = [source.experts(tensors, site, shape.name) for shape in layer.projections[:count]]
     for planned, weights in zip(layer.experts, zip(*streams, strict=True), strict=True):
-        yield [pack_matrix(w, s, level) for w, s, level in zip(weights, layer.projections, planned.levels, strict=True)]
+        yield [
+            pack_matrix(rotate(weights[p % count], turns[p]), shape, level) if level != ABSENT else None
+            for p, (shape, level) in enumerate(zip(layer.projections, planned.levels, strict=True))
+        ]
+
+
+def copy_turns(layer: LayerPlan, rotated: Rotated) -> list[Rotation]:
+    """What the columns of each of a layer's projections are rotated by; `rotated`: those of the first copy."""
+    count = layer.num_matrices
+    copies = [rotated]
+    for rules in layer.copy_rotations[1:]:
+        turns = zip(rules, layer.rotated_columns, strict=True)
+        copies.append(Rotated(*(plain_rotation(rule.name, columns, rule.seed) for rule, columns in turns)))
+    return [copy.of(p, count) for copy in copies for p in range(count)]
 
 
 def write_layer(
-    layer: LayerPlan, experts: Iterator[list[Packed]], folder: Path, progress: Progress
+    layer: LayerPlan, experts: Iterator[list[Packed | None]], rotated: Rotated, folder: Path, progress: Progress
 ) -> tuple[FileEntry, tuple[ExpertEntry, ...]]:
-    """Writes one experts file. Returns its hash and the experts' entries with measured errors, gains and checksums."""
+    """Writes one experts file, whose codes lie behind the layer's rotations. Returns its hash and the experts' entries with
+    measured errors, gains and checksums."""
     entries = []
     with whole_file(folder / layer.file) as file:
         file.write(layer_header(layer))
         for planned, packed in zip(layer.experts, experts, strict=True):
-            matrices = [matrix for matrix, _ in packed]
+            matrices = [each.matrix if each is not None else None for each in packed]
             checksums = []
             for plane in range(planned.num_planes):
                 record = pack_record(layer, planned, matrices, plane)
                 checksums.append(zlib.crc32(record))
                 file.write(record)
-            gains = tuple(tuple(m.gains[lower] for lower in LEVELS[: num_planes(m.level) - 1]) for m in matrices)
-            entries.append(ExpertEntry(planned.levels, tuple(errors for _, errors in packed), gains, tuple(checksums)))
-            progress(sum(matrix.shape.num_weights for matrix in matrices))
+            gains = tuple(
+                tuple(m.gains[lower] for lower in LEVELS[: num_planes(m.level) - 1]) if m is not None else ()
+                for m in matrices
+            )
+            errors = tuple(each.errors if each is not None else () for each in packed)
+            entries.append(ExpertEntry(planned.levels, errors, gains, tuple(checksums)))
+            progress(sum(shape.num_weights for shape in layer.projections[: layer.num_matrices]))
+        for stored in rotation_matrices(layer):
+            data = matrix_of(getattr(rotated, stored.place)).tobytes()
+            assert zlib.crc32(data) == stored.rule.crc32
+            file.write(data)
         result = file
     return result.entry, tuple(entries)
 

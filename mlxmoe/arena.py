@@ -28,7 +28,9 @@ from mlxmoe.kernels import (
     MetalKernels,
     PlaneBank,
     ReferenceKernels,
+    Rotation,
     expert_outputs,
+    hidden_values,
     phase_of,
     prefill_outputs,
     weighted_outputs,
@@ -36,6 +38,7 @@ from mlxmoe.kernels import (
 from mlxmoe.plan import LayerPlan
 from mlxmoe.reader import Read
 from mlxmoe.residency import resident_nbytes
+from mlxmoe.rotation import NO_TURNS, LayerTurns
 from mlxmoe.shelves import Busy, Group
 from mlxmoe.store import ExpertSource
 
@@ -214,9 +217,11 @@ class ArenaShelf:
         biases: Sequence[mx.array | None],
         kernels: MetalKernels | ReferenceKernels,
         capacity: int,
+        turns: LayerTurns = NO_TURNS,
     ):
-        """biases: [E, N] per projection, or None."""
+        """biases: [E, N] per projection, or None. turns: Hadamard transforms that there are kernels for."""
         self._source, self._layer, self._kernels = source, layer, kernels
+        self._turns = turns
         self._activation, self._biases = activation, tuple(biases)
         self._layout = Layout.of(layer.projections)
         self._slots: dict[int, dict[_Owner, Slot]] = {}
@@ -282,11 +287,10 @@ class ArenaShelf:
     def first_products(self, x: mx.array, groups: Sequence[Group]) -> mx.array:
         """x [T, D] -> the first half of `weighted` for decoding: the hidden values of each pair [P, F], in the order of the
         groups, whose experts are all filled."""
-        gate, up, _, activation, rotation, *_ = self.banks
         tokens, experts = (mx.array(values) for values in _pairs(groups))
         if len(x) == 1:
-            return self._kernels.expert_gate_up(x, experts[None], gate, up, activation, rotation)[0]
-        return self._kernels.expert_gate_up(x[tokens], experts[:, None], gate, up, activation, rotation)[:, 0]
+            return hidden_values(self._kernels, self.banks, x, experts[None])[0]
+        return hidden_values(self._kernels, self.banks, x[tokens], experts[:, None])[:, 0]
 
     def last_products(self, hidden: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """hidden [T, A, F], experts and router weights [T, A], all of them filled -> the other half [T, D]."""
@@ -310,7 +314,9 @@ class ArenaShelf:
             PlaneBank(shape, words, table, bias)
             for shape, table, bias in zip(self._layer.projections, self._tables, self._biases, strict=True)
         ]
-        self.banks = ExpertBanks(banks[0], banks[1] if len(banks) == 3 else None, banks[-1], self._activation)
+        up = banks[1] if len(banks) == 3 else None
+        rotation, input_rotation = Rotation.of_turn(self._turns.hidden), Rotation.of_turn(self._turns.inputs)
+        self.banks = ExpertBanks(*(banks[0], up, banks[-1], self._activation, rotation), input_rotation=input_rotation)
 
     def _frames_of_all(self) -> int:
         """What all experts need."""

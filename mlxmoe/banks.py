@@ -12,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmoe.experts import Bucket, ExpertLayer
-from mlxmoe.formats import LEVELS, MatrixShape, array_bytes, level_scale, merge_planes, num_planes, write_floats
+from mlxmoe.formats import ABSENT, LEVELS, MatrixShape, array_bytes, level_scale, merge_planes, num_planes, write_floats
 from mlxmoe.kernels import PlaneBank
 from mlxmoe.plan import ExpertEntry, LayerPlan
+from mlxmoe.rotation import Copies, LayerTurns, RotationRule, Turn, make_turn, turn_nbytes
 from mlxmoe.store import ExpertStore, record_parts
 
 Rows = list[tuple[list[int], "MergedBank"]]  # of a projection: the experts of each bank, in row order
@@ -47,6 +48,32 @@ def plane_layer(
     """Reads the planes of a layer that are resident at these levels: a bank per projection, with its bias [E, N]."""
     projections = _projections(store, layer, levels)
     return [projection.plane_bank(bias) for projection, bias in zip(projections, biases, strict=True)]
+
+
+def layer_copies(store: ExpertStore, layer: LayerPlan, dtype: mx.Dtype) -> Copies:
+    """How a layer's outputs come from its matrices, for activations of a type. Reads rotations that no rule gives."""
+
+    def turn(copy: int, place: str, rule: RotationRule, columns: int) -> Turn | None:
+        return make_turn(rule, columns, store.rotation_matrix(layer.layer, place, copy), dtype)
+
+    turns = [
+        LayerTurns(
+            *(turn(copy, place, rule, k) for (place, rule), k in zip(rules._asdict().items(), columns, strict=True))
+        )
+        for copy, rules in enumerate(layer.copy_rotations)
+        for columns in [layer.rotated_columns]
+    ]
+    return Copies(tuple(turns), mx.array(layer.replicas.weights) if layer.replicas is not None else None)
+
+
+def copies_nbytes(layer: LayerPlan, dtype: mx.Dtype) -> int:
+    """Bytes of memory of what `layer_copies` makes."""
+    turns = sum(
+        turn_nbytes(rule, columns, dtype)
+        for rules in layer.copy_rotations
+        for rule, columns in zip(rules, layer.rotated_columns, strict=True)
+    )
+    return turns + (4 * len(layer.copy_rotations) * len(layer.experts) if layer.replicas is not None else 0)
 
 
 def _projections(store: ExpertStore, layer: LayerPlan, levels: Sequence[tuple[int, ...]]) -> list[_Projection]:
@@ -140,7 +167,7 @@ class _Projection:
 
     def merged(self, width: int, dtype: mx.Dtype) -> Rows:
         """Merged codes: one bank of the given field width, or (0) one per resident level."""
-        widths = {e: width or level for e, level in enumerate(self._levels)}
+        widths = {e: width or level for e, level in enumerate(self._levels) if level != ABSENT}
         found = []
         for bits in sorted(set(widths.values())):
             experts = [e for e in widths if widths[e] == bits]

@@ -26,6 +26,8 @@ COMMANDS = {
     "inspect": ("mlxmoe.inspect", "show what a model is made of and what it would take to run it"),
     "eval": ("mlxmoe.evaluate", "measure fidelity: KLD, top-1 agreement and perplexity against a reference"),
     "forecast": ("mlxmoe.forecast", "measure what smaller memory budgets cost, and keep it in the folder"),
+    "stats": ("mlxmoe.bench.stats", "show what a model's experts do on text, by layer, expert and domain"),
+    "report": ("mlxmoe.bench.report", "draw what a conversion wrote and what it costs, by class, layer and expert"),
     "trace": ("mlxmoe.trace", "record which experts a model chooses"),
     "explain": ("mlxmoe.explain", "show where a token's time goes and which cache policy serves the model"),
     "doctor": ("mlxmoe.doctor", "check the Metal kernels on this GPU and write a report for an issue"),
@@ -39,9 +41,25 @@ COMMANDS = {
         "check that streamed experts are exact, under the ceiling and worth it (also: bench memory)",
     ),
     "bench-reads": ("mlxmoe.bench.reads", "measure how fast experts arrive from a disk (also: bench reads)"),
+    "bench-convert": (
+        "mlxmoe.bench.convert",
+        "measure the converter's speed and memory against mlx-lm's (also: bench convert)",
+    ),
+    "bench-quantizers": (
+        "mlxmoe.bench.quantizers",
+        "compare fidelity with mlx-lm's own quantizers (also: bench quantizers)",
+    ),
     "bench-chapter": (
         "mlxmoe.bench.chapter",
         "measure rotations, replicas and quantizer parameters at equal bytes (also: bench chapter)",
+    ),
+    "bench-variants": (
+        "mlxmoe.bench.variants",
+        "measure any choice of quantizer options, replicas and router bits that a small file names (also: bench variants)",
+    ),
+    "bench-sensitivity": (
+        "mlxmoe.bench.sensitivity",
+        "rank scores of experts by the measured cost of quantizing them alone (also: bench sensitivity)",
     ),
     "bench-launches": (
         "mlxmoe.bench.launches",

@@ -20,7 +20,7 @@ from mlxmoe.banks import Rows, fill_layer, plane_layer, read_matrix, resident_fa
 from mlxmoe.errors import UserError
 from mlxmoe.experts import Choices, ExpertLayer, KernelExperts
 from mlxmoe.formats import num_planes
-from mlxmoe.kernels import ExpertBanks, PlaneBank
+from mlxmoe.kernels import PlaneBank
 from mlxmoe.plan import LayerPlan, Plan
 from mlxmoe.residency import Residency, Swap, choose_swaps, smallest_residency, solve_residency
 from mlxmoe.store import ExpertStore
@@ -82,14 +82,12 @@ class PlaneLevels:
         self.choices = module.choices
 
     def fill(self, store: ExpertStore, levels: Sequence[tuple[int, ...]], widths: tuple[int, ...]) -> None:
-        old = self._module.banks
         nothing = PlaneBank(self._layer.projections[0], mx.zeros((0,), mx.uint32), mx.zeros((0, 0), mx.int32))
-        self._module.fill(old._replace(gate=nothing, up=nothing, down=nothing))
-        activation, rotation = old.activation, old.rotation
-        del old
+        empty = self._module.banks._replace(gate=nothing, up=nothing, down=nothing)
+        self._module.fill(empty)
         mx.clear_cache()
         first, *between, last = plane_layer(store, self._layer, levels, self._biases)
-        self._module.fill(ExpertBanks(first, between[0] if between else None, last, activation, rotation))
+        self._module.fill(empty._replace(gate=first, up=between[0] if between else None, down=last))
 
     def exchange(self, store: ExpertStore, swap: Swap, low: int, high: int) -> None:
         """The promoted expert's refinement is read into the places of the demoted one's."""

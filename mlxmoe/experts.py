@@ -2,7 +2,7 @@
 
 ExpertLayer stands where mlx-lm's model classes have a SwitchGLU or SwitchMLP and is called the same way; the router and
 the weighting of the experts' outputs stay in mlx-lm's block. Its projections are either mlx-lm's own switch layers (an
-unconverted or stock MLX checkpoint) or PlaneLinear (a converted one).
+unconverted or stock MLX checkpoint) or PlaneLinear (a converted one), whose columns may expect rotated values.
 
 Shapes: T tokens, A active experts per token, E experts, D model dim, F expert dim, N rows and K columns of a projection.
 """
@@ -32,6 +32,7 @@ from mlxmoe.kernels import (
     expert_outputs,
     weighted_outputs,
 )
+from mlxmoe.rotation import ONE_COPY, Copies, turned
 
 SORT_FROM = 64  # (token, expert) pairs from which it pays to touch the experts in order (as mlx-lm does)
 
@@ -57,19 +58,20 @@ class PlaneLinear(nn.Module):
 
     Experts lie in one bucket per field width. With one bucket a call is one built-in product; with several, each bucket
     computes all pairs and the pairs that are not its own are masked, so that the host never has to read the routing.
+    `partial`: experts may be missing, and the product with one is 0.
     """
 
-    def __init__(self, shape: MatrixShape, num_experts: int, has_bias: bool):
+    def __init__(self, shape: MatrixShape, num_experts: int, has_bias: bool, partial: bool = False):
         super().__init__()
-        self.shape = shape
+        self.shape, self.partial = shape, partial
         self.num_experts = num_experts
         if has_bias:
             self.bias = mx.zeros((num_experts, shape.rows))
-        self._held = _Held([], [], False)
+        self._held = _Held([], [], False, False)
 
     def fill(self, buckets: Sequence[tuple[Sequence[int], Bucket]]) -> None:
-        """Sets what is resident: for each bucket the experts in it, in row order, and its arrays. Every expert once, or
-        none at all."""
+        """Sets what is resident: for each bucket the experts in it, in row order, and its arrays. Every expert once (or
+        not at all, of a partial one), or none at all."""
         self._held.products = [_product(bucket, self.shape.group_size) for _, bucket in buckets]
         self._held.nbytes = sum(bucket.nbytes for _, bucket in buckets)
         self.place([experts for experts, _ in buckets])
@@ -77,8 +79,10 @@ class PlaneLinear(nn.Module):
     def place(self, rows_of_buckets: Sequence[Sequence[int]]) -> None:
         """The experts of each bucket in row order, where what is in the buckets was exchanged."""
         found = sorted(e for experts in rows_of_buckets for e in experts)
-        assert found in ([], list(range(self.num_experts)))
-        self._held.in_order = len(rows_of_buckets) == 1 and list(rows_of_buckets[0]) == found
+        everyone = list(range(self.num_experts))
+        assert found in ([], everyone) or (self.partial and len(set(found)) == len(found))
+        self._held.whole = len(rows_of_buckets) == 1 and found == everyone
+        self._held.in_order = self._held.whole and list(rows_of_buckets[0]) == found
         self._held.rows = []
         for experts in rows_of_buckets:
             rows = [-1] * self.num_experts
@@ -96,7 +100,7 @@ class PlaneLinear(nn.Module):
         held = self._held
         if held.in_order:
             y = held.products[0](x, indices, sorted_indices)
-        elif len(held.products) == 1:
+        elif held.whole:
             y = held.products[0](x, held.rows[0][indices], False)
         else:
             # No bucket at all gives zeros: the shape of the result, for tracing a model whose experts are not read yet.
@@ -116,10 +120,12 @@ _Product = Callable[[mx.array, mx.array, bool], mx.array]
 @dataclass
 class _Held:
     """What a PlaneLinear holds, in one plain object: a module's own lists and arrays are looked up through its dict, which
-    costs a decoded token more than the rest of building its graph. `in_order`: one bucket, its rows the experts' numbers."""
+    costs a decoded token more than the rest of building its graph. `whole`: one bucket with all experts; `in_order`: and its
+    rows are their numbers."""
 
     products: list[_Product]
     rows: list[mx.array]
+    whole: bool
     in_order: bool
     nbytes: int = 0
 
@@ -156,12 +162,21 @@ class ExpertLayer(nn.Module):
     """The routed experts of one layer. Children carry mlx-lm's names, so checkpoints load into it unchanged.
 
     layer(x, indices): x [..., D], indices [..., A] int -> [..., A, D], the output of each chosen expert, unweighted.
+    `copies`: what the projections expect of their inputs, and how the outputs of several copies are put together; the
+    projections of every further copy follow those of the first.
     """
 
-    def __init__(self, projections: Mapping[str, nn.Module], activation: Callable[..., mx.array], num_experts: int):
+    def __init__(
+        self,
+        projections: Mapping[str, nn.Module],
+        activation: Callable[..., mx.array],
+        num_experts: int,
+        copies: Copies = ONE_COPY,
+    ):
         super().__init__()
         self.activation = activation
         self.num_experts = num_experts
+        self.copies = copies
         self._names = tuple(projections)
         self.choices = Choices()
         for name, module in projections.items():
@@ -188,29 +203,47 @@ class ExpertLayer(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         self.choices.note(indices)
+        outputs = [self._outputs(copy, x, indices) for copy in range(len(self.copies.turns))]
+        return combined(outputs, self.copies.weights, indices)
+
+    def _outputs(self, copy: int, x: mx.array, indices: mx.array) -> mx.array:
+        """As the call, of one copy of each expert."""
+        x = turned(x, self.copies.turns[copy].inputs)
         if indices.size < SORT_FROM:
-            return self._experts(mx.expand_dims(x, (-2, -3)), indices, False).squeeze(-2)
+            return self._experts(copy, mx.expand_dims(x, (-2, -3)), indices, False).squeeze(-2)
         # Many pairs: in the order of the experts, so that each expert's weights are touched once in a run.
         *lead, active = indices.shape
         flat = indices.flatten()
         order = mx.argsort(flat)
         pairs = mx.expand_dims(x.reshape(-1, x.shape[-1])[order // active], -2)
-        y = self._experts(pairs, flat[order], True).squeeze(-2)
+        y = self._experts(copy, pairs, flat[order], True).squeeze(-2)
         return y[mx.argsort(order)].reshape(*lead, active, -1)
 
     def pairs(self, x: mx.array, experts: mx.array) -> mx.array:
-        """x [P, D] with the expert of each row in experts [P] -> [P, D]."""
-        return self._experts(mx.expand_dims(x, -2), experts, False).squeeze(-2)
+        """x [P, D] with the expert of each row in experts [P] -> [P, D]. For experts of one copy, unrotated."""
+        return self._experts(0, mx.expand_dims(x, -2), experts, False).squeeze(-2)
 
-    def _experts(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
-        *first, last = self.projections
+    def _experts(self, copy: int, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        count = len(self._names) // len(self.copies.turns)
+        *first, last = self.projections[copy * count : (copy + 1) * count]
         hidden = [projection(x, indices, sorted_indices=sorted_indices) for projection in first]
         if len(hidden) == 2:
             gate, up = hidden
             activated = self.activation(up, gate)
         else:
             activated = self.activation(hidden[0])
-        return last(activated, indices, sorted_indices=sorted_indices)
+        return last(turned(activated, self.copies.turns[copy].hidden), indices, sorted_indices=sorted_indices)
+
+
+def combined(outputs: Sequence[mx.array], weights: mx.array | None, experts: mx.array) -> mx.array:
+    """Outputs [..., D] of every copy of experts [...], weights [C, E] -> their weighted sum, one copy after the other."""
+    if weights is None:
+        return outputs[0]
+    parts = [y * weights[c][experts][..., None].astype(y.dtype) for c, y in enumerate(outputs)]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def stock_banks(layer: ExpertLayer, phases: Collection[str] = PHASES) -> ExpertBanks | None:
@@ -230,8 +263,8 @@ def stock_banks(layer: ExpertLayer, phases: Collection[str] = PHASES) -> ExpertB
     up = between[0] if between else None
     if (between and up is None) or first.mode != last.mode or (up is not None and up.format != first.format):
         return None
-    builtins = (layer if phase not in phases else None for phase in (DECODE, PREFILL))
-    return ExpertBanks(first, up, last, activation, None, *builtins)
+    decode, prefill = (layer if phase not in phases else None for phase in (DECODE, PREFILL))
+    return ExpertBanks(first, up, last, activation, decode=decode, prefill=prefill)
 
 
 class KernelExperts(nn.Module):

@@ -8,8 +8,6 @@ there is a trace already. docs/caching.md defines the numbers. Nothing here over
 from __future__ import annotations
 
 import argparse
-import html
-import io
 import os
 import re
 import statistics
@@ -31,6 +29,7 @@ from mlxmoe.evaluate import read_text
 from mlxmoe.experts import ExpertLayer
 from mlxmoe.loading import expert_source, open_model
 from mlxmoe.models import named_arrays
+from mlxmoe.pictures import Part, check_target, heat_map, new_figure, text_table, write_report
 from mlxmoe.policies import CacheChoice, LayerChoice, save_choice
 from mlxmoe.prepared import Prepared, prepare
 from mlxmoe.reader import probe
@@ -39,7 +38,6 @@ from mlxmoe.runtime import RuntimeConfig
 from mlxmoe.store import ExpertSource
 from mlxmoe.trace import PROMPTS, Trace, TraceConfig, add_trace_arguments, load_trace, record_texts
 from mlxmoe.units import format_size, parse_size
-from mlxmoe.work import write_whole
 
 RESIDENCIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 DEFAULT_RESIDENCY = 0.5  # what --save chooses for when --memory leaves nothing to choose
@@ -80,10 +78,10 @@ def trunk_bytes_per_token(prepared: Prepared) -> dict[str, int]:
     model = prepared.model
     inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, ExpertLayer))
     arrays = {name: a for name, a in named_arrays(model.parameters()).items() if not name.startswith(inside)}
-    has_head = any(_class_of(name) == "head" for name in arrays)
+    has_head = any(tensor_class(name) == "head" for name in arrays)
     result = dict.fromkeys(("attention", "shared", "router", "dense", "head", "embedding", "other"), 0)
     for name, array in arrays.items():
-        kind = _class_of(name)
+        kind = tensor_class(name)
         if kind == "embedding" and has_head:
             result[kind] += array.nbytes // array.shape[0]
         else:
@@ -91,7 +89,8 @@ def trunk_bytes_per_token(prepared: Prepared) -> dict[str, int]:
     return result
 
 
-def _class_of(name: str) -> str:
+def tensor_class(name: str) -> str:
+    """What a parameter outside the routed experts belongs to, by its name in the model."""
     return next((kind for kind, pattern in _CLASSES if re.search(pattern, name)), "other")
 
 
@@ -222,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
     config = RuntimeConfig(parse_size(args.memory) if args.memory else None, args.context)
     report, save = Path(args.report) if args.report else None, Path(args.save) if args.save else None
     if report is not None:
-        check_report(report)
+        check_target(report)
     if save is not None and not save.parent.is_dir():
         raise UserError(f"there is no folder {save.parent}", "make it first, or save the choice somewhere else")
     trace = load_trace(args.trace) if args.trace else _trace(args, config)
@@ -243,7 +242,7 @@ def run(args: argparse.Namespace) -> int:
         save_choice(make_choice(study.budget(residency), study, trace), save)
         note(f"choice for {residency:.1%} of the experts written to {save}")
     if report is not None:
-        for path in write_report(result, trace, report):
+        for path in write_pictures(result, trace, report):
             note(f"wrote {path}")
     if args.json:
         print_json(result)
@@ -394,9 +393,9 @@ def report_lines(result: dict[str, Any]) -> list[str]:
         f"with every expert resident, memory alone bounds it to {resident['tokens_per_second']:.0f} tok/s",
         f"trace of {trace['model'] or 'a model'}: fitted on {trace['tokens_fitted']} tokens, "
         f"hit rates of the other {trace['tokens_held_out']}, the same slots in every layer:",
-        *_table(_policy_rows(result)),
+        *text_table(_policy_rows(result)),
         "choice, with its split of the slots over the layers; Belady with the best split for it; the least time of a token:",
-        *_table(_choice_rows(result)),
+        *text_table(_choice_rows(result)),
     ]
 
 
@@ -428,51 +427,24 @@ def _choice_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_report(target: Path) -> None:
-    """Raises UserError before any work is done: no matplotlib, or no place to write to."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("pictures need matplotlib, which is not installed", "pip install 'mlxmoe[report]'") from None
-    if not target.parent.is_dir():
-        raise UserError(f"there is no folder {target.parent}", "make it first, or write the report somewhere else")
-    if target.suffix != ".html" and target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file, and a report that is no .html is a folder", "give another name")
-
-
-def write_report(result: dict[str, Any], trace: Trace, target: Path) -> list[Path]:
-    """OUT.html: one page that needs no other file. Any other name: a folder with that page and the PNGs. Returns what was
-    written."""
-    figures = {"hit-rate": _hit_rate_figure(result), "popularity": _popularity_figure(trace)}
-    page = _page(result, {name: _svg(figure) for name, figure in figures.items()})
-    if target.suffix == ".html":
-        write_whole(target, page.encode())
-        return [target]
-    target.mkdir(exist_ok=True)
-    written = [target / "report.html"]
-    write_whole(written[0], page.encode())
-    for name, figure in figures.items():
-        written.append(target / f"{name}.png")
-        write_whole(written[-1], _rendered(figure, "png"))
-    return written
+def write_pictures(result: dict[str, Any], trace: Trace, target: Path) -> list[Path]:
+    """The page of pictures.write_report. Returns what was written."""
+    parts = [
+        Part(name="hit-rate", figure=_hit_rate_figure(result)),
+        Part(name="popularity", figure=_popularity_figure(trace)),
+        Part(lines=report_lines(result)),
+    ]
+    return write_report(target, f"mlxmoe explain: {result['model']}", parts)
 
 
 def _hit_rate_figure(result: dict[str, Any]) -> Any:
     """Held-out hit rate against budget, a line per policy, Belady on top."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(height=4.8)
     budgets = result["budgets"]
     shares = [100 * row["residency"] for row in budgets]
     axes.plot(shares, [100 * row["belady"] for row in budgets], "k--", label="Belady (bound)")
@@ -489,43 +461,13 @@ def _hit_rate_figure(result: dict[str, Any]) -> Any:
 
 def _popularity_figure(trace: Trace) -> Any:
     """How often each expert of each layer is chosen, as a multiple of the even share, the most popular on the left."""
-    from matplotlib.figure import Figure
-
     counts = frequencies(trace)
     times_even = np.sort(counts * trace.num_experts / counts.sum(axis=1, keepdims=True), axis=1)[:, ::-1]
-    figure = Figure(figsize=(7.5, 1.6 + 0.22 * max(6, len(trace.layers))), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.imshow(times_even, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
-    step = -(-len(trace.layers) // 24)
-    axes.set_yticks(range(0, len(trace.layers), step), [str(layer) for layer in trace.layers[::step]])
-    axes.set(xlabel="experts, the most popular first", ylabel="layer")
-    axes.set_title(
-        f"popularity over {trace.num_tokens} tokens (1 = chosen as often as the average expert)", fontsize=10
-    )
-    figure.colorbar(image, ax=axes)
-    return figure
-
-
-def _rendered(figure: Any, kind: str) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
-    return data.getvalue()
-
-
-def _svg(figure: Any) -> str:
-    """The figure as an element of a page: without the XML declaration and document type before it."""
-    text = _rendered(figure, "svg").decode()
-    return text[text.index("<svg") :]
-
-
-def _page(result: dict[str, Any], pictures: dict[str, str]) -> str:
-    lines = report_lines(result)
-    text = html.escape("\n".join(lines))
-    title = html.escape(f"mlxmoe explain: {result['model']}")
-    style = (
-        "body{font-family:sans-serif;max-width:70em;margin:2em auto}pre{overflow-x:auto}svg{max-width:100%;height:auto}"
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
-        f"<body><h1>{title}</h1>{''.join(pictures.values())}<pre>{text}</pre></body></html>\n"
+    return heat_map(
+        times_even,
+        trace.layers,
+        title=f"popularity over {trace.num_tokens} tokens",
+        x="experts, the most popular first",
+        y="layer",
+        unit="1 = chosen as often as the average expert",
     )

@@ -29,11 +29,12 @@ LEVELS = (2, 3, 4, 6, 8)  # bits of code that can be written or resident
 PLANE_WIDTHS = (2, 1, 1, 2, 2)  # level = sum of the first planes
 GROUP_SIZES = (128, 64, 32)  # what MLX's affine products accept, best bytes first
 SCALE_NBYTES = 2  # float16 on disk
-_PLANES = {level: i + 1 for i, level in enumerate(LEVELS)}
+ABSENT = 0  # in place of a level: a matrix that is not there
+_PLANES = {ABSENT: 0, **{level: i + 1 for i, level in enumerate(LEVELS)}}
 
 
 def num_planes(level: int) -> int:
-    """Planes that make up a level: 2 -> 1, 3 -> 2, 4 -> 3, 6 -> 4, 8 -> 5."""
+    """Planes that make up a level: 2 -> 1, 3 -> 2, 4 -> 3, 6 -> 4, 8 -> 5; 0 of a matrix that is not there."""
     return _PLANES[level]
 
 

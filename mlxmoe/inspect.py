@@ -8,6 +8,7 @@ from typing import Any
 
 from mlxmoe.arguments import add_model_arguments, print_json
 from mlxmoe.experts import ExpertLayer
+from mlxmoe.formats import ABSENT
 from mlxmoe.loading import RuntimeConfig
 from mlxmoe.models import max_context, num_experts_per_token
 from mlxmoe.plan import Plan
@@ -91,7 +92,9 @@ def _converted(plan: Plan) -> dict[str, Any]:
             {
                 "layer": layer.layer,
                 "levels": {
-                    shape.name: {str(k): n for k, n in sorted(Counter(e.levels[p] for e in layer.experts).items())}
+                    shape.name: {
+                        str(k): n for k, n in sorted(Counter(e.levels[p] for e in layer.experts).items()) if k != ABSENT
+                    }
                     for p, shape in enumerate(layer.projections)
                 },
             }

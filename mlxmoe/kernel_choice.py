@@ -46,9 +46,11 @@ from mlxmoe.kernels import (
     QuantizedBank,
     ReferenceKernels,
     Rotation,
+    has_rotation,
     sort_by_expert,
 )
 from mlxmoe.plan import LayerPlan
+from mlxmoe.rotation import Copies, LayerTurns, Turn, hadamard_size
 from mlxmoe.router import Router
 
 Kernels = MetalKernels | ReferenceKernels
@@ -75,6 +77,13 @@ _ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "relu2": nn.relu2,
 }
 _SWIGLU = Activation("swiglu")
+
+
+def has_kernels(layer: LayerPlan) -> bool:
+    """Whether the kernels can run a converted layer, as far as its rotations and copies go."""
+    return layer.replicas is None and all(
+        has_rotation(r.name, k) for r, k in zip(layer.rotations, layer.rotated_columns, strict=True)
+    )
 
 
 class DeviceFacts(NamedTuple):
@@ -116,7 +125,8 @@ class LayerShape:
         first, last = layer.projections[0], layer.projections[-1]
         levels = tuple(sorted({level for expert in layer.experts for level in expert.levels}))
         sizes = first.columns, first.rows, len(layer.experts), active, first.group_size, last.group_size
-        return cls(*sizes, levels, _name(dtype), activation, bias)
+        block = hadamard_size(layer.rotations.hidden.name, last.columns)
+        return cls(*sizes, levels, _name(dtype), activation, bias, rotation=block)
 
     @classmethod
     def of_stock(cls, banks: ExpertBanks, active: int, dtype: mx.Dtype) -> LayerShape:
@@ -537,7 +547,10 @@ def _builtin_layer(layer: LayerShape, banks: ExpertBanks) -> ExpertLayer:
             projections[name] = _merged_linear(bank, levels, DTYPES[layer.dtype])
     activation = _ACTIVATIONS[layer.activation.kind]
     glu: Callable[..., mx.array] = lambda up, gate: activation(gate) * up  # noqa: E731
-    return ExpertLayer(projections, glu if banks.up is not None else activation, len(levels))
+    module = ExpertLayer(projections, glu if banks.up is not None else activation, len(levels))
+    if banks.rotation is not None:
+        module.copies = Copies((LayerTurns(hidden=Turn(*banks.rotation)),))
+    return module
 
 
 def _stock_linear(bank: QuantizedBank) -> nn.Module:

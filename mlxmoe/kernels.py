@@ -40,6 +40,7 @@ from mlxmoe.formats import (
     unpack_codes,
     words_per_row,
 )
+from mlxmoe.rotation import Turn, hadamard_size
 from mlxmoe.router import SCORES, Router, Routing
 from mlxmoe.router import route as route_reference
 
@@ -267,10 +268,21 @@ class Activation(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """A signed block-Hadamard transform of the hidden values: signs [F] of one layer, and values per block."""
+    """A signed block-Hadamard transform of the input or the hidden values: signs [D] or [F] of one layer, and values per
+    block."""
 
     signs: mx.array
     block: int
+
+    @classmethod
+    def of_turn(cls, turn: Turn | None) -> Rotation | None:
+        """Of a rotation that has_rotation says there is a kernel for."""
+        return None if turn is None else cls(turn.signs, turn.block)
+
+
+def has_rotation(name: str, columns: int) -> bool:
+    """Whether the kernels have a rotation of rotation.NAMES for K columns."""
+    return name == "none" or hadamard_size(name, columns) in HADAMARD_BLOCKS
 
 
 def activation_of(module: Any) -> Activation | None:
@@ -657,8 +669,8 @@ class MetalKernels:
 
 class ExpertBanks(NamedTuple):
     """The routed experts of one layer: gate, up and down, or the first and the last of two (`up` None). `rotation`: what
-    the columns of down expect of the hidden values. `decode`, `prefill`: what computes that phase in place of the kernels,
-    as expert_outputs does."""
+    the columns of down expect of the hidden values; `input_rotation`: those of gate and up of the input. `decode`,
+    `prefill`: what computes that phase in place of the kernels, as expert_outputs does."""
 
     gate: Bank
     up: Bank | None
@@ -667,6 +679,7 @@ class ExpertBanks(NamedTuple):
     rotation: Rotation | None = None
     decode: Callable[[mx.array, mx.array], mx.array] | None = None
     prefill: Callable[[mx.array, mx.array], mx.array] | None = None
+    input_rotation: Rotation | None = None
 
 
 def phase_of(num_pairs: int, num_experts: int) -> str:
@@ -687,10 +700,23 @@ def expert_outputs(
     if phase == PREFILL:
         return _prefill(kernels, banks, x, experts)
     tokens, active = experts.shape
-    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation, banks.rotation)
+    hidden = hidden_values(kernels, banks, x, experts)
     pairs = hidden.reshape(tokens * active, 1, -1)
     weights = _ones(tokens * active)
     return kernels.expert_down(pairs, experts.reshape(-1, 1), weights, banks.down).reshape(tokens, active, -1)
+
+
+def hidden_values(
+    kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array, experts: mx.array
+) -> mx.array:
+    """x [T, D], experts [T, A] -> what `expert_down` expects of each pair [T, A, F]."""
+    x = _rotated_input(kernels, banks, x)
+    return kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation, banks.rotation)
+
+
+def _rotated_input(kernels: MetalKernels | ReferenceKernels, banks: ExpertBanks, x: mx.array) -> mx.array:
+    """x [T, D] as gate and up expect it."""
+    return x if banks.input_rotation is None else kernels.hadamard_blocks(x, *banks.input_rotation)
 
 
 @cache
@@ -705,8 +731,7 @@ def weighted_outputs(
     """x [T, D], experts and router weights [T, A] -> the layer's routed output [T, D]."""
     if phase_of(experts.size, banks.gate.num_experts) == PREFILL or banks.decode is not None:
         return weighted_sum(expert_outputs(kernels, banks, x, experts), weights)
-    hidden = kernels.expert_gate_up(x, experts, banks.gate, banks.up, banks.activation, banks.rotation)
-    return kernels.expert_down(hidden, experts, weights, banks.down)
+    return kernels.expert_down(hidden_values(kernels, banks, x, experts), experts, weights, banks.down)
 
 
 def weighted_sum(outputs: mx.array, weights: mx.array) -> mx.array:
@@ -728,6 +753,7 @@ def prefill_outputs(
 ) -> mx.array:
     """x [T, D], rows [M] of it in the order of the experts, offsets int32 [E + 1] of each expert's first row in that order
     -> the output of each row's expert, unweighted [M, D]. A row does not depend on the others."""
+    x = _rotated_input(kernels, banks, x)
     gates = kernels.expert_gemm(x, rows, offsets, banks.gate)
     ups = kernels.expert_gemm(x, rows, offsets, banks.up) if banks.up is not None else gates
     hidden = _activate(gates.astype(mx.float32), ups.astype(mx.float32), banks.activation).astype(x.dtype)

@@ -21,7 +21,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import load_tokenizer
 
 from mlxmoe.arena import ArenaShelf
-from mlxmoe.banks import plane_layer
+from mlxmoe.banks import layer_copies, plane_layer
 from mlxmoe.blocks import fused_block
 from mlxmoe.cache import LayerCache
 from mlxmoe.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from mlxmoe.errors import UserError
 from mlxmoe.expert_memory import ExpertMemory, LayerBytes, Place, choose_pinned, split_budget
 from mlxmoe.experts import ExpertLayer, KernelExperts, stock_banks
 from mlxmoe.gates import experts_see_the_input, gate_scores
-from mlxmoe.kernels import ExpertBanks, activation_of
+from mlxmoe.kernels import ExpertBanks, Rotation, activation_of
 from mlxmoe.models import (
     model_classes,
     named_arrays,
@@ -298,12 +298,13 @@ def _shelf(
     """Where the experts of a layer lie while they are streamed."""
     if plan is None:
         return SlotShelf(cast(StockSource, source), number, layer, capacity)
-    biases = [projection.get("bias") for projection in layer.projections]
+    dtype = activation_dtype(prepared.checkpoint.config)
+    biases, copies = _biases(layer), layer_copies(cast(ExpertStore, source), plan, dtype)
     if prepared.kernels is None:
-        return MergedShelf(source, plan, layer.activation, biases, activation_dtype(prepared.checkpoint.config))
+        return MergedShelf(source, plan, layer.activation, biases, dtype, copies)
     activation = activation_of(layer.activation)
     assert activation is not None
-    return ArenaShelf(source, plan, activation, biases, prepared.kernels, capacity)
+    return ArenaShelf(source, plan, activation, biases, prepared.kernels, capacity, copies.turns[0])
 
 
 def _wanted(source: ExpertSource, shapes: Sequence[LayerBytes], config: RuntimeConfig) -> list[float] | None:
@@ -322,7 +323,9 @@ def _frequencies(plan: Plan | None, number: int) -> list[float] | None:
     if plan is None:
         return None
     (layer,) = (layer for layer in plan.layers if layer.layer == number)
-    return [sum(weights) for weights in zip(*layer.weights, strict=True)]
+    first = zip(*layer.weights[: layer.num_matrices], strict=True)
+    # One of k copies weighs 1/k^2 of what the expert does
+    return [sum(weights) * layer.num_copies(e) ** 2 for e, weights in enumerate(first)]
 
 
 def _beside(block: nn.Module) -> dict[str, Beside]:
@@ -443,13 +446,15 @@ def _fill(prepared: Prepared, residency: Residency, adapt: bool) -> ElasticMemor
     kernels, whose layers take the place of the built-ins'."""
     assert prepared.plan is not None
     plan, folder, modules = prepared.plan, prepared.checkpoint.folder, expert_layers(prepared.model)
+    dtype = activation_dtype(prepared.checkpoint.config)
     layers: list[LevelledLayer] = []
     banks: list[tuple[str, ExpertBanks]] = []
     with ExpertStore(folder, plan.layers) as store:
         for layer, levels, widths in zip(plan.layers, residency.levels, residency.widths, strict=True):
             module = modules[layer.path]
+            module.copies = layer_copies(store, layer, dtype)
             if prepared.kernels is None:
-                layers.append(MergedLevels(layer, module, activation_dtype(prepared.checkpoint.config)))
+                layers.append(MergedLevels(layer, module, dtype))
                 layers[-1].fill(store, levels, widths)
             else:
                 banks.append((layer.path, _resident_banks(store, layer, levels, module)))
@@ -469,7 +474,10 @@ def _resident_banks(
     activation = activation_of(module.activation)
     assert activation is not None
     first, *between, last = plane_layer(store, layer, levels, _biases(module))
-    return ExpertBanks(first, between[0] if between else None, last, activation)
+    (turns,) = module.copies.turns
+    rotation, input_rotation = Rotation.of_turn(turns.hidden), Rotation.of_turn(turns.inputs)
+    up = between[0] if between else None
+    return ExpertBanks(first, up, last, activation, rotation, input_rotation=input_rotation)
 
 
 def _stock_banks(prepared: Prepared) -> Iterator[tuple[str, ExpertBanks]]:

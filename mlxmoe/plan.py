@@ -12,16 +12,19 @@ import json
 import math
 import os
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxmoe.errors import UserError
-from mlxmoe.formats import GROUP_SIZES, LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
+from mlxmoe.formats import ABSENT, GROUP_SIZES, LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
+from mlxmoe.rotation import NAMES, UNROTATED, LayerRotations, RotationRule, fits
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = "mlxmoe-plan"
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+ROTATED_VERSION = 2  # the first that has rotations: a reader that does not know them would compute nonsense
 
 
 class ExpertEntry(NamedTuple):
@@ -42,9 +45,19 @@ class ExpertEntry(NamedTuple):
         return max(num_planes(level) for level in self.levels)
 
 
+class Replicas(NamedTuple):
+    """Further copies of a layer's experts. rotations: of each further copy. weights[c][e]: what the output of copy c (0: the
+    expert itself) counts in that of expert e; 0 where e has no such copy."""
+
+    rotations: tuple[LayerRotations, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
 class LayerPlan(NamedTuple):
     """The routed experts of one layer. `weights[p][e]`: what a relative error of 1 in that matrix adds to the expected
-    loss. `path` is the module in the model; `file` holds the records."""
+    loss. `path` is the module in the model; `file` holds the records. `rotations`: what the columns of the
+    matrices expect of the input and of the hidden values. With `replicas` the projections of every further copy follow those
+    of the expert itself; a copy that an expert does not have is ABSENT in its levels."""
 
     layer: int
     path: str
@@ -53,6 +66,31 @@ class LayerPlan(NamedTuple):
     projections: tuple[MatrixShape, ...]
     weights: tuple[tuple[float, ...], ...]
     experts: tuple[ExpertEntry, ...]
+    rotations: LayerRotations = UNROTATED
+    replicas: Replicas | None = None
+
+    @property
+    def copy_rotations(self) -> tuple[LayerRotations, ...]:
+        """Of the expert itself and of every further copy."""
+        return (self.rotations, *(self.replicas.rotations if self.replicas is not None else ()))
+
+    @property
+    def num_matrices(self) -> int:
+        """Projections of one copy."""
+        return len(self.projections) // len(self.copy_rotations)
+
+    def num_copies(self, expert: int) -> int:
+        """How many copies an expert has: they are the first ones."""
+        return sum(level != ABSENT for level in self.experts[expert].levels[:: self.num_matrices])
+
+    def written_errors(self, projection: int) -> list[float]:
+        """Of every expert's matrix at the level that is written; 0 of one that is not there."""
+        return [entry.errors[projection][-1] if entry.levels[projection] else 0.0 for entry in self.experts]
+
+    @property
+    def rotated_columns(self) -> tuple[int, int]:
+        """K of the input and of the hidden values."""
+        return self.projections[0].columns, self.projections[-1].columns
 
 
 class TrunkEntry(NamedTuple):
@@ -112,20 +150,26 @@ class Plan:
         """Bytes of all files of the folder but plan.json itself."""
         return sum(entry.nbytes for entry in self.files.values())
 
+    @property
+    def version(self) -> int:
+        """The lowest format version that can say all of this: what is not rotated can be read by older versions too."""
+        plain = all(layer.copy_rotations == (UNROTATED,) for layer in self.layers)
+        return 1 if plain else ROTATED_VERSION
+
     def level_histogram(self) -> dict[int, int]:
         """Level -> how many expert matrices are written at it."""
-        histogram = dict.fromkeys(LEVELS, 0)
+        histogram = dict.fromkeys((ABSENT, *LEVELS), 0)
         for layer in self.layers:
             for expert in layer.experts:
                 for level in expert.levels:
                     histogram[level] += 1
-        return {level: count for level, count in histogram.items() if count}
+        return {level: count for level, count in histogram.items() if count and level != ABSENT}
 
     def dumps(self) -> str:
         """The JSON text: one line per expert and per trunk tensor, four significant digits for measured values."""
         head = {
             "format": PLAN_FORMAT,
-            "version": PLAN_VERSION,
+            "version": self.version,
             "codec": {"name": "planes", "levels": LEVELS, "plane_widths": PLANE_WIDTHS},
             "model_type": self.model_type,
             "seed": self.seed,
@@ -165,7 +209,7 @@ class Plan:
                 "update mlxmoe: pip install --upgrade mlxmoe",
             )
         try:
-            if version != PLAN_VERSION:
+            if not isinstance(version, int) or version < 1:
                 raise ValueError(f"format version {version!r}")
             return cls(
                 model_type=data["model_type"],
@@ -217,7 +261,9 @@ def _block(key: str, lines: list[str], brackets: str) -> str:
 
 
 def _dump_layer(layer: LayerPlan) -> str:
-    head = _compact({k: v for k, v in layer._asdict().items() if k not in ("experts", "weights")})
+    left_out = {"experts", "weights"} | ({"rotations"} if layer.rotations == UNROTATED else set())
+    left_out |= {"replicas"} if layer.replicas is None else set()
+    head = _compact({k: _shorten(v) for k, v in layer._asdict().items() if k not in left_out})
     # The weights of one projection are often all equal: one number stands for all of them.
     weights = [w[0] if len(set(w)) == 1 else list(w) for w in (_shorten(w) for w in layer.weights)]
     experts = ",\n".join(_compact(_shorten(expert)) for expert in layer.experts)
@@ -231,9 +277,21 @@ def _load_layer(data: dict[str, Any]) -> LayerPlan:
     experts = tuple(ExpertEntry(tuple(e[0]), tuples(e[1]), tuples(e[2]), tuple(e[3])) for e in data["experts"])
     weights = tuple(tuple(w) if isinstance(w, list) else (w,) * len(experts) for w in data["weights"])
     projections = tuple(MatrixShape(*p) for p in data["projections"])
-    layer = LayerPlan(data["layer"], data["path"], data["kind"], data["file"], projections, weights, experts)
+    rotations = _load_rotations(data.get("rotations", UNROTATED))
+    replicas = _load_replicas(data["replicas"]) if "replicas" in data else None
+    where = data["layer"], data["path"], data["kind"], data["file"]
+    layer = LayerPlan(*where, projections, weights, experts, rotations, replicas)
     _check_layer(layer)
     return layer
+
+
+def _load_rotations(rules: Sequence[Sequence[Any]]) -> LayerRotations:
+    return LayerRotations(*(RotationRule(*rule) for rule in rules))
+
+
+def _load_replicas(data: list[Any]) -> Replicas:
+    rotations, weights = data
+    return Replicas(tuple(map(_load_rotations, rotations)), tuple(tuple(map(float, row)) for row in weights))
 
 
 def _load_forecast(data: list[Any] | None) -> Forecast | None:
@@ -259,12 +317,37 @@ def _check_layer(layer: LayerPlan) -> None:
             raise ValueError(f"layer {layer.layer}: {shape.name} is {list(shape)}")
     if len(layer.weights) != count or any(len(weights) != len(layer.experts) for weights in layer.weights):
         raise ValueError(f"layer {layer.layer}: weights do not fit its experts")
+    _check_copies(layer)
     for e, entry in enumerate(layer.experts):
-        known = len(entry.levels) == len(entry.errors) == len(entry.gains) == count and set(entry.levels) <= set(LEVELS)
+        known = len(entry.levels) == len(entry.errors) == len(entry.gains) == count
+        known = known and set(entry.levels) <= {ABSENT, *LEVELS} and _has_whole_copies(layer, entry)
         if not known or any(
-            (len(errors), len(gains)) != (num_planes(level), num_planes(level) - 1)
+            (len(errors), len(gains)) != (num_planes(level), max(num_planes(level) - 1, 0))
             for level, errors, gains in zip(entry.levels, entry.errors, entry.gains, strict=True)
         ):
             raise ValueError(f"layer {layer.layer}, expert {e}: levels, errors and gains do not fit together")
         if len(entry.crc32) != entry.num_planes:
             raise ValueError(f"layer {layer.layer}, expert {e}: {len(entry.crc32)} checksums")
+
+
+def _check_copies(layer: LayerPlan) -> None:
+    copies, matrices = len(layer.copy_rotations), layer.num_matrices
+    alike = all(shape[1:] == layer.projections[p % matrices][1:] for p, shape in enumerate(layer.projections))
+    if len(layer.projections) != copies * matrices or not alike:
+        raise ValueError(f"layer {layer.layer}: projections do not fit {copies} copies")
+    if layer.replicas is not None and (
+        len(layer.replicas.weights) != copies
+        or any(len(row) != len(layer.experts) or not all(map(math.isfinite, row)) for row in layer.replicas.weights)
+    ):
+        raise ValueError(f"layer {layer.layer}: weights of copies do not fit its experts")
+    for rules in layer.copy_rotations:
+        for rule, k in zip(rules, layer.rotated_columns, strict=True):
+            if rule.name not in NAMES or not fits(rule.name, k) or not isinstance(rule.seed, int) or rule.seed < 0:
+                raise ValueError(f"layer {layer.layer}: no rotation {rule.name!r} of {k} columns by {rule.seed!r}")
+
+
+def _has_whole_copies(layer: LayerPlan, entry: ExpertEntry) -> bool:
+    """Whether an expert has the first of its copies, and those that it has whole."""
+    copies = [entry.levels[i : i + layer.num_matrices] for i in range(0, len(entry.levels), layer.num_matrices)]
+    present = [all(levels) for levels in copies]
+    return present[0] and present == sorted(present, reverse=True) and present == [any(levels) for levels in copies]

@@ -19,18 +19,20 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from mlxmoe.arena import arena_sizes, arena_slack
+from mlxmoe.banks import copies_nbytes
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.errors import UserError
 from mlxmoe.expert_memory import LayerBytes
 from mlxmoe.experts import ExpertLayer, PlaneLinear, stock_banks
 from mlxmoe.formats import PLANE_WIDTHS, SCALE_NBYTES
-from mlxmoe.kernel_choice import Choice, LayerShape, metal_facts, select, select_all
+from mlxmoe.kernel_choice import Choice, LayerShape, has_kernels, metal_facts, select, select_all
 from mlxmoe.kernels import TABLE_WIDTH, MetalKernels, ReferenceKernels, activation_of
 from mlxmoe.models import expert_sites, max_context, model_classes, named_arrays, num_experts_per_token, text_config
 from mlxmoe.plan import Plan
 from mlxmoe.reader import DEFAULT_THREADS
 from mlxmoe.repack import RepackedStore, repacked_class
 from mlxmoe.residency import Residency, smallest_residency, solve_residency
+from mlxmoe.rotation import NO_TURNS, Copies
 from mlxmoe.runtime import DEFAULT_CONTEXT, DEFAULTS, RuntimeConfig
 from mlxmoe.shelves import merged_sizes
 from mlxmoe.store import PAGE
@@ -141,6 +143,8 @@ def prepare(source: str | Path | None, config: RuntimeConfig = DEFAULTS) -> Prep
     nbytes_experts = 0 if plan is not None else sum(layer.nbytes for layer in expert_layers(model).values())
     nbytes_trunk = sum(nbytes_each) - nbytes_experts
     choice = _choose_kernels(config, checkpoint, model, plan)
+    if plan is not None:
+        nbytes_trunk += sum(copies_nbytes(layer, activation_dtype(checkpoint.config)) for layer in plan.layers)
     if plan is not None and choice.kernels is not None:
         matrices = sum(len(layer.experts) * len(layer.projections) for layer in plan.layers)
         nbytes_trunk += matrices * TABLE_WIDTH * mx.int32.size
@@ -163,6 +167,8 @@ def _choose_kernels(config: RuntimeConfig, checkpoint: Checkpoint, model: nn.Mod
     stock = [stock_banks(layer) for layer in layers.values()] if plan is None else []
     if config.kernels is None or not layers or not all(activations) or not all(stock):
         return Choice(None, "MLX's built-in products")
+    if plan is not None and not all(map(has_kernels, plan.layers)):
+        return Choice(None, "MLX's built-in products: the kernels lack this file's rotations or copies")
     if config.kernels != "auto":
         return Choice(config.kernels, "the project's kernels, as asked for")
     active, dtype = num_experts_per_token(checkpoint.config), activation_dtype(checkpoint.config)
@@ -321,8 +327,13 @@ def _converted(model_class: Any, plan: Plan) -> Any:
                         "config.json and plan.json do not belong together: convert the model again",
                     )
                 activation = module_at(self, site.path).activation
-                parts = {s.name: PlaneLinear(s, site.num_experts, site.has_bias) for s in layer.projections}
-                replaced.append((site.path, ExpertLayer(parts, activation, site.num_experts)))
+                parts = {
+                    s.name: PlaneLinear(s, site.num_experts, site.has_bias, partial=p >= layer.num_matrices)
+                    for p, s in enumerate(layer.projections)
+                }
+                count = len(layer.copy_rotations)
+                copies = Copies((NO_TURNS,) * count, mx.ones((count, site.num_experts)) if count > 1 else None)
+                replaced.append((site.path, ExpertLayer(parts, activation, site.num_experts, copies)))
             self.update_modules(tree_unflatten(replaced))
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:

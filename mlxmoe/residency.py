@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mlxmoe.budget import Option, allocate, smallest_nbytes
-from mlxmoe.formats import LEVELS, MatrixShape
+from mlxmoe.formats import ABSENT, LEVELS, MatrixShape
 from mlxmoe.plan import ExpertEntry, LayerPlan, Plan
 
 # levels[i][e][p]: bits of projection p of expert e in the i-th layer of the plan
@@ -34,12 +34,14 @@ class Residency(NamedTuple):
 
     def histogram(self) -> dict[int, int]:
         counts = Counter(level for layer in self.levels for expert in layer for level in expert)
-        return dict(sorted(counts.items()))
+        return {level: count for level, count in sorted(counts.items()) if level != ABSENT}
 
 
 def resident_nbytes(shape: MatrixShape, width: int, group_nbytes: int) -> int:
     """Memory of one expert matrix in fields of `width` bits: codes, and `group_nbytes` per group (MLX's products read a
     scale and a bias in the activation's precision, the kernels a float16 scale)."""
+    if width == ABSENT:
+        return 0
     return shape.code_nbytes(width) + group_nbytes * shape.num_groups
 
 
@@ -127,6 +129,7 @@ def _options(plan: Plan, group_nbytes: int) -> list[list[Option]]:
             Option(level, resident_nbytes(shape, level, group_nbytes), layer.weights[p][e] * error)
             for level, error in zip(LEVELS, expert.errors[p], strict=False)
         ]
+        or [Option(ABSENT, 0, 0.0)]
         for layer in plan.layers
         for e, expert in enumerate(layer.experts)
         for p, shape in enumerate(layer.projections)
@@ -139,9 +142,9 @@ def _widen(layers: tuple[LayerPlan, ...], levels: Levels, left: int | None) -> t
     for layer, experts in zip(layers, levels, strict=True):
         row = []
         for p, shape in enumerate(layer.projections):
-            most = max(expert[p] for expert in experts)
-            widest = min(width for width in _QUICK_WIDTHS if width >= most)
-            extra = sum(shape.code_nbytes(widest) - shape.code_nbytes(expert[p]) for expert in experts)
+            here = [expert[p] for expert in experts if expert[p] != ABSENT]
+            widest = min(width for width in _QUICK_WIDTHS if width >= max(here, default=0))
+            extra = sum(shape.code_nbytes(widest) - shape.code_nbytes(level) for level in here)
             fits = left is None or spent + extra <= left
             row.append(widest if fits else 0)
             spent += extra if fits else 0

@@ -18,11 +18,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmoe.banks import MergedBank
-from mlxmoe.experts import ExpertLayer
-from mlxmoe.formats import array_bytes, num_planes, read_floats, write_floats
+from mlxmoe.experts import ExpertLayer, combined
+from mlxmoe.formats import ABSENT, array_bytes, num_planes, read_floats, write_floats
 from mlxmoe.plan import LayerPlan
 from mlxmoe.reader import Read
 from mlxmoe.residency import resident_nbytes
+from mlxmoe.rotation import ONE_COPY, Copies, turned
 from mlxmoe.stacked import ARRAY_DTYPES, StockSource
 from mlxmoe.store import ExpertSource, Span
 
@@ -83,8 +84,10 @@ class MergedShelf:
         activation: Callable[..., mx.array],
         biases: Sequence[mx.array | None],
         dtype: mx.Dtype,
+        copies: Copies = ONE_COPY,
     ):
-        """biases: [E, N] per projection, or None."""
+        """biases: [E, N] per projection, or None. copies: as ExpertLayer has them."""
+        self._copies = copies
         self._source, self._layer, self._activation, self._dtype = source, layer, activation, dtype
         self._biases = tuple(biases)
         self._filled: dict[int, list[MergedBank]] = {}
@@ -99,7 +102,7 @@ class MergedShelf:
 
         def merge(parts: Sequence[np.ndarray]) -> None:
             arrays = {(part.projection, part.field): data for part, data in zip(span.parts, parts, strict=True)}
-            for p, (bank, level) in enumerate(zip(banks, levels, strict=True)):
+            for bank, (p, level) in zip(banks, _present(levels), strict=True):
                 planes = [arrays[p, f"plane{j}"] for j in range(num_planes(level))]
                 bank.write(0, planes, arrays[p, "scales"].view(np.float16), 1.0)
 
@@ -107,10 +110,7 @@ class MergedShelf:
 
     def _allocate(self, levels: tuple[int, ...]) -> list[MergedBank]:
         self._spare.clear()  # memory of other levels would come on top
-        return [
-            MergedBank(shape, level, 1, self._dtype)
-            for shape, level in zip(self._layer.projections, levels, strict=True)
-        ]
+        return [MergedBank(self._layer.projections[p], level, 1, self._dtype) for p, level in _present(levels)]
 
     def drop(self, expert: int) -> None:
         self._spare.setdefault(self._layer.experts[expert].levels, []).append(self._filled.pop(expert))
@@ -123,15 +123,25 @@ class MergedShelf:
         return self._filled.keys()
 
     def outputs(self, x: mx.array, groups: Sequence[Group], num_pairs: int) -> mx.array:
-        outputs = [self._output(group.expert, x if len(x) == 1 else x[mx.array(group.tokens)]) for group in groups]
+        turned_x = [turned(x, turns.inputs) for turns in self._copies.turns]
+        outputs = [self._output(group, turned_x) for group in groups]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
-    def _output(self, expert: int, x: mx.array) -> mx.array:
+    def _output(self, group: Group, turned_x: Sequence[mx.array]) -> mx.array:
+        """x [T, D] as every copy expects it -> the output of each of the group's pairs [n, D]."""
+        outputs = [
+            self._copy_output(copy, group.expert, x if len(x) == 1 else x[mx.array(group.tokens)])
+            for copy, x in enumerate(turned_x[: self._layer.num_copies(group.expert)])
+        ]
+        return combined(outputs, self._copies.weights, mx.array(group.expert))
+
+    def _copy_output(self, copy: int, expert: int, x: mx.array) -> mx.array:
         """x [n, D] -> [n, D]."""
-        *first, last = range(len(self._layer.projections))
+        count = self._layer.num_matrices
+        *first, last = range(copy * count, (copy + 1) * count)
         hidden = [self._product(p, expert, x) for p in first]
         activated = self._activation(hidden[1], hidden[0]) if len(hidden) == 2 else self._activation(hidden[0])
-        return self._product(last, expert, activated)
+        return self._product(last, expert, turned(activated, self._copies.turns[copy].hidden))
 
     def _product(self, projection: int, expert: int, x: mx.array) -> mx.array:
         shape, bias = self._layer.projections[projection], self._biases[projection]
@@ -225,6 +235,11 @@ class _Bank:
     def write(self, slot: int, values: np.ndarray) -> None:
         """values: float32."""
         write_floats(values, self.rows[slot], self.dtype)
+
+
+def _present(levels: Sequence[int]) -> list[tuple[int, int]]:
+    """Projection and level of the matrices that an expert has: those of further copies come last."""
+    return [(p, level) for p, level in enumerate(levels) if level != ABSENT]
 
 
 def merged_sizes(layer: LayerPlan, dtype: mx.Dtype) -> tuple[int, ...]:

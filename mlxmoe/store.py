@@ -7,7 +7,8 @@ stock checkpoints are stacked.py's, repacked ones repack.py's.
 `experts-*.safetensors` are valid safetensors whose data starts on a 4 KiB boundary (the header is padded with spaces, as
 the format allows) and whose tensors are uint8 records, each a multiple of 4 KiB, so that a record is one aligned read.
 One record per (layer, expert, plane), the planes of an expert one after the other: the packed words of that plane of
-each projection that has it, and in plane 0 behind them the float16 scales of every projection.
+each projection that has it, and in plane 0 behind them the float16 scales of every projection. Behind all records lie the
+matrices of the layer's rotations that no rule gives, as they are.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import numpy as np
 from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
 from mlxmoe.plan import ExpertEntry, LayerPlan
+from mlxmoe.rotation import STORED, STORED_NBYTES, RotationRule
 
 PAGE = 4096
 _DTYPE_NBYTES = {
@@ -294,8 +296,9 @@ def record_parts(layer: LayerPlan, entry: ExpertEntry, plane: int) -> list[Recor
             offset += parts[-1].nbytes
     if plane == 0:
         for p, shape in enumerate(layer.projections):
-            parts.append(RecordPart(p, "scales", offset, shape.scales_nbytes))
-            offset += parts[-1].nbytes
+            if entry.levels[p]:
+                parts.append(RecordPart(p, "scales", offset, shape.scales_nbytes))
+                offset += parts[-1].nbytes
     return parts
 
 
@@ -312,13 +315,41 @@ def layer_records(layer: LayerPlan) -> Iterator[tuple[int, int, str, int]]:
             yield e, plane, record_name(layer.layer, e, plane), record_nbytes(layer, entry, plane)
 
 
+class RotationMatrix(NamedTuple):
+    """A matrix float16 [K, K] in a layer's file: which of its rotations it is (of which copy, "inputs" or "hidden"), the
+    tensor's name."""
+
+    copy: int
+    place: str
+    rule: RotationRule
+    name: str
+    columns: int
+
+    @property
+    def nbytes(self) -> int:
+        return STORED_NBYTES * self.columns * self.columns
+
+
+def rotation_matrices(layer: LayerPlan) -> list[RotationMatrix]:
+    """The matrices of a layer's rotations that its file holds, in file order."""
+    return [
+        RotationMatrix(copy, place, rule, f"L{layer.layer}.rotation{copy + 1 if copy else ''}.{place}", columns)
+        for copy, rotations in enumerate(layer.copy_rotations)
+        for (place, rule), columns in zip(rotations._asdict().items(), layer.rotated_columns, strict=True)
+        if rule.name in STORED
+    ]
+
+
 def layer_header(layer: LayerPlan) -> bytes:
-    return encode_header({name: ("U8", (nbytes,), nbytes) for _, _, name, nbytes in layer_records(layer)})
+    records = {name: ("U8", (nbytes,), nbytes) for _, _, name, nbytes in layer_records(layer)}
+    matrices = {m.name: ("F16", (m.columns, m.columns), m.nbytes) for m in rotation_matrices(layer)}
+    return encode_header({**records, **matrices})
 
 
 def layer_file_nbytes(layer: LayerPlan) -> int:
     """Bytes of the layer's file, header and padding included."""
-    return len(layer_header(layer)) + sum(nbytes for *_, nbytes in layer_records(layer))
+    matrices = sum(matrix.nbytes for matrix in rotation_matrices(layer))
+    return len(layer_header(layer)) + sum(nbytes for *_, nbytes in layer_records(layer)) + matrices
 
 
 class ExpertStore:
@@ -334,6 +365,7 @@ class ExpertStore:
         self._files: dict[int, StoreFile] = {}
         self._records: dict[tuple[int, int, int], TensorInfo] = {}
         self._spans: dict[tuple[int, int, range | None], tuple[Span, ...]] = {}
+        self._matrices: dict[tuple[int, int, str], tuple[RotationMatrix, TensorInfo]] = {}
         try:
             for layer in layers:
                 self._open(folder / layer.file, layer)
@@ -343,7 +375,8 @@ class ExpertStore:
 
     def _open(self, path: Path, layer: LayerPlan) -> None:
         tensors = read_header(path)
-        for e, plane, name, nbytes in layer_records(layer):
+
+        def find(name: str, nbytes: int) -> TensorInfo:
             info = tensors.get(name)
             if info is None or info.nbytes != nbytes:
                 found = f"{info.nbytes} bytes" if info else "nothing"
@@ -351,7 +384,12 @@ class ExpertStore:
                     f"{path} has {found} for {name}, the plan says {nbytes} bytes",
                     "the folder was changed after conversion: convert or copy it again",
                 )
-            self._records[layer.layer, e, plane] = info
+            return info
+
+        for e, plane, name, nbytes in layer_records(layer):
+            self._records[layer.layer, e, plane] = find(name, nbytes)
+        for matrix in rotation_matrices(layer):
+            self._matrices[layer.layer, matrix.copy, matrix.place] = matrix, find(matrix.name, matrix.nbytes)
         self._files[layer.layer] = StoreFile(path)
 
     def spans(self, layer: int, expert: int, planes: range | None = None) -> tuple[Span, ...]:
@@ -386,6 +424,20 @@ class ExpertStore:
         read_span(span, [record.data])
         verify(span, [record.data])
         return record
+
+    def rotation_matrix(self, layer: int, place: str, copy: int = 0) -> np.ndarray | None:
+        """The stored matrix float16 [K, K] of a rotation ("inputs" or "hidden") of a layer's experts or of a further copy,
+        its checksum verified, or None where a rule gives it. Blocks until it is read."""
+        if (layer, copy, place) not in self._matrices:
+            return None
+        matrix, info = self._matrices[layer, copy, place]
+        check = Check(0, info.nbytes, matrix.rule.crc32)
+        label = f"layer {layer}, rotation of the {place}"
+        span = Span(self._files[layer], info.offset, (Part(-1, "rotation", info.nbytes),), (check,), label)
+        values = np.empty(info.nbytes, np.uint8)
+        read_span(span, [values.data])
+        verify(span, [values.data])
+        return values.view(np.float16).reshape(matrix.columns, matrix.columns)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import children
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -21,14 +21,15 @@ from mlx_lm.utils import load_model, load_tokenizer, quantize_model, save_model
 from safetensors import safe_open
 
 from mlxmoe import checkpoint as checkpoints
-from mlxmoe.bench import baseline, convert_memory
+from mlxmoe.bench import baseline
 from mlxmoe.bench.checkpoint import CheckpointShape, shape_of_size, tensors, write_checkpoint
+from mlxmoe.bench.child import run_child
 from mlxmoe.bench.decode import arrays, cache_bytes, fixed_prompt, measure, weight_bytes_per_token
 from mlxmoe.bench.timing import Ratio, Spread, interleave
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
 from mlxmoe.errors import UserError
-from mlxmoe.machine import machine_facts, peak_rss
+from mlxmoe.machine import machine_facts
 
 SHAPE = CheckpointShape(max_position_embeddings=128)
 D, F, E, K, V = SHAPE.hidden_size, SHAPE.moe_intermediate_size, SHAPE.num_experts, SHAPE.num_experts_per_tok, 320
@@ -302,8 +303,6 @@ def test_the_baseline_must_be_of_the_same_model(
         (["--prompt-tokens", "0"], "--prompt-tokens is 0, expected 1 or more"),
         (["--baseline", "x"], "--baseline is given without --compare"),
         (["--prompt-tokens", "2040", "--tokens", "9"], "2040 prompt tokens and 9 decoded exceed the context of"),
-        (["--convert-memory", "lots"], "'lots' is not a size"),
-        (["--convert-memory", "--layers", "0"], "--layers is 0, expected 1 or more"),
     ],
 )
 def test_bad_settings(checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -354,66 +353,7 @@ def test_checkpoints_come_in_the_size_asked_for() -> None:
         assert shape_of_size(nbytes, layers).nbytes() == pytest.approx(nbytes, rel=0.25)
 
 
-def test_writing_a_checkpoint_takes_constant_memory(tmp_path: Path) -> None:
-    start = "import sys; from pathlib import Path; from mlxmoe.bench.checkpoint import *; from mlxmoe import machine;"
-    write = "write_checkpoint(Path(sys.argv[1]), shape_of_size(96 << 20, 8));"
-    end = "print(machine.peak_rss())"
-    idle = convert_memory.measure_child(start + end, [])
-    peak = convert_memory.measure_child(start + write + end, [str(tmp_path / "m")])
-    assert 0 < peak - idle < 24 << 20
-
-
-def test_a_child_reports_its_own_peak_and_not_ours() -> None:
-    ours = np.ones(200 << 20, np.uint8)
-    assert peak_rss() > ours.nbytes
-    code = "x = bytearray(b'1') * (int(sys.argv[1]) << 20); print(peak_rss())"
-    code = "import sys; from mlxmoe.machine import peak_rss; " + code
-    small, large = (convert_memory.measure_child(code, [n]) for n in ("1", "65"))
-    assert small < 100 << 20
-    assert large - small == pytest.approx(64 << 20, rel=0.1)
-    with pytest.raises(RuntimeError, match="status 3: a b"):
-        convert_memory.measure_child("import sys; sys.exit(3)", ["a", "b"])
-
-
-# what a converter's child does, in one line: reads a shard, writes something, tells its peak
-STUB = """
-import sys
-from pathlib import Path
-from mlxmoe.machine import peak_rss
-assert sys.argv[1] == "convert" and sys.argv[4:] == ["--bpw", "3.5"]
-Path(sys.argv[3]).mkdir()
-data = b"".join(p.read_bytes() for p in sorted(Path(sys.argv[2]).glob("*.safetensors")))
-(Path(sys.argv[3]) / "out").write_bytes(data[:1000])
-print("a line of the converter's own")
-print(peak_rss())
-"""
-
-
-def test_convert_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(convert_memory, "_COMMAND", STUB)
-    monkeypatch.setattr(convert_memory, "_IMPORTS", "from mlxmoe.machine import peak_rss; print(peak_rss())")
-    monkeypatch.setattr(convert_memory.tempfile, "tempdir", str(tmp_path))
-    assert main(["bench", "--convert-memory", "32MB", "--layers", "4", "--bpw", "3.5", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["peak_above_imports"] == result["peak_rss"] - result["imports_rss"]
-    # the stub holds the file once or, while joining, twice
-    assert 0.9 * result["file_bytes"] < result["peak_above_imports"] < 2.5 * result["file_bytes"]
-    assert result["ratio"] == pytest.approx(result["file_bytes"] / result["peak_above_imports"], abs=1e-3)
-    assert result["converted_bytes"] == 1000
-    assert result["layer_bytes"] * 4 == pytest.approx(result["file_bytes"], rel=0.05)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_convert_memory_cleans_up(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(convert_memory.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(convert_memory, "_IMPORTS", "print(1)")
-    monkeypatch.setattr(convert_memory, "_COMMAND", "raise SystemExit(1)")
-    assert main(["bench", "--convert-memory", "4MB", "--layers", "1"]) == 1
-    assert "ended with status 1: convert" in capsys.readouterr().err
-    usage = namedtuple("usage", "total used free")(10, 9, 1)
-    monkeypatch.setattr(convert_memory.shutil, "disk_usage", lambda path: usage)
-    assert main(["bench", "--convert-memory", "4MB", "--layers", "1"]) == 2
-    assert "has 1 B free" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_writing_a_checkpoint_takes_constant_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", children.FOLDER)
+    small, large = (run_child(children.write, str(tmp_path / str(n)), n).peak_rss for n in (1 << 20, 96 << 20))
+    assert 0 < large - small < 24 << 20

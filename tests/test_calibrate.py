@@ -25,12 +25,14 @@ from toy_checkpoints import (
 )
 
 from mlxmoe.checkpoint import open_checkpoint
-from mlxmoe.convert.calibrate import Calibration, choose_tokens, read_documents
+from mlxmoe.cli import main
+from mlxmoe.convert.calibrate import Calibration, choose_tokens, default_tokens, read_documents
 from mlxmoe.convert.config import ConvertConfig
 from mlxmoe.convert.job import Job
 from mlxmoe.convert.passes import read_tokenizer
-from mlxmoe.convert.selftext import OPENINGS, own_text
+from mlxmoe.convert.selftext import OPENINGS, TAU, balanced_choice, own_text
 from mlxmoe.convert.source import Source
+from mlxmoe.convert.stats import Moments, unseen_directions
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, evaluate
 
@@ -85,6 +87,16 @@ def test_windows_are_the_same_every_time_and_cover_the_documents(source: Path, t
     assert few.size == 16 * 500 // 64 * 64
 
 
+@pytest.mark.parametrize(
+    ("parameters", "tokens"),
+    [(10**4, 16384), (4 * 10**6, 31250), (20 * 10**6, 156250), (10**9, 524288), (10**11, 524288)],
+)
+def test_tokens_that_a_model_gets(parameters: int, tokens: int) -> None:
+    assert default_tokens(parameters) == tokens
+    assert Calibration("f").for_model(parameters).tokens == tokens
+    assert Calibration("f", tokens=77).for_model(parameters).tokens == 77
+
+
 def test_chats_go_through_the_template(source: Path, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(open_checkpoint(source))
     path = tmp_path / "chat.jsonl"
@@ -118,7 +130,9 @@ def test_text_that_is_none(
     [
         (["--calibration", "nowhere.txt"], "there is no calibration file nowhere.txt"),
         (["--method", "gptq"], "--method gptq needs text"),
+        (["--method", "awq"], "--method awq needs text"),
         (["--calibration-tokens", "0"], "--calibration-tokens 0 is not a number of tokens"),
+        (["--candidates", "0"], "--candidates 0 is not between 1 and 64"),
         (["--nested", "-1"], "--nested -1.0 is not between 0 and 10"),
     ],
 )
@@ -203,7 +217,21 @@ def test_few_tokens_are_noted(source: Path, tmp_path: Path, capsys: pytest.Captu
     path = write_text(tmp_path / "short.txt", 130)
     assert convert(source, tmp_path / "out", "--bpw", "6", "--calibration", str(path)) == 0
     error = capsys.readouterr().err
-    assert re.search(r"the calibration text has 512 tokens, fewer than asked", error)
+    assert "the calibration text has 512 tokens, fewer than the 16384 that were asked for" in error
+
+
+def test_tokens_that_experts_saw_are_counted(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """512 tokens of two experts each, 32 experts."""
+    source = write_qwen3(tmp_path / "source", **{**SMALL, "num_experts": 32})
+    arguments = ["--bpw", "10", "--calibration", str(text), "--calibration-tokens", "512", "--expert-bits", "4"]
+    assert convert(source, tmp_path / "out", *arguments, "--dry-run") == 0
+    found = re.findall(
+        r"layer (\d): the calibration text reaches an expert 32 times on average, the rarest (\d+) and the most frequent "
+        r"(\d+) times; 64 on average should be there",
+        capsys.readouterr().err,
+    )
+    assert [layer for layer, *_ in found] == ["0", "1"]
+    assert all(0 <= int(rarest) < 32 < int(most) <= 512 for _, rarest, most in found)
 
 
 @pytest.mark.parametrize(
@@ -240,10 +268,61 @@ def test_model_writes_its_own_text(source: Path, tmp_path: Path) -> None:
     assert drawn[:, -10:].mean() > logs[:, -10:].mean() + 0.15
 
 
+def test_texts_are_chosen_by_surprise_and_by_the_load_of_the_experts() -> None:
+    """Against the sum written out, over all ways to take the next text; and by hand: a text that the chosen ones lack."""
+    random = np.random.default_rng(0)
+    loads, surprise = random.integers(0, 9, (7, 2, 3)), random.random(7)
+    chosen: list[int] = []
+    for _ in range(4):
+        costs = {}
+        for c in set(range(7)) - set(chosen):
+            total = loads[[*chosen, c]].sum(axis=0)
+            spread = np.mean([row.std() / row.mean() for row in total])
+            costs[c] = surprise[[*chosen, c]].mean() + spread / TAU
+        chosen.append(min(costs, key=lambda c: costs[c]))
+    assert balanced_choice(loads, surprise, 4).tolist() == sorted(chosen)
+    one_sided = np.array([[[8, 0]], [[8, 0]], [[0, 8]]])
+    assert balanced_choice(one_sided, np.zeros(3), 2).tolist() == [0, 2]
+    assert balanced_choice(one_sided, np.array([0.0, 0.1, 90.0]), 2).tolist() == [0, 1]
+    assert balanced_choice(one_sided, np.zeros(3), 3).tolist() == [0, 1, 2]
+
+
+def test_of_several_own_texts_the_balanced_ones_are_kept(source: Path) -> None:
+    loaded = open_model(source)
+    every = own_text(loaded.model, loaded.tokenizer, 12, 48, 0, lambda n: None)
+    kept = own_text(loaded.model, loaded.tokenizer, 4, 48, 0, lambda n: None, candidates=3)
+    assert kept.shape == (4, 48)
+    rows = [next(i for i, row in enumerate(every) if (row == text).all()) for text in kept]
+    assert rows == sorted(set(rows))
+    layers = [layer for layer in loaded.model.modules() if hasattr(layer, "choices")]
+    assert not any(layer.choices.watched for layer in layers)
+
+    def spread(texts: np.ndarray) -> float:
+        for layer in layers:
+            layer.choices.watched = True
+        mx.eval(loaded.model(mx.array(texts)))
+        counts = [np.bincount(layer.choices.take(), minlength=4) for layer in layers]
+        for layer in layers:
+            layer.choices.watched = False
+        return float(np.mean([c.std() / c.mean() for c in counts]))
+
+    assert spread(kept) < np.median([spread(every[i : i + 4]) for i in range(9)])
+
+
 def test_converted_by_its_own_text(source: Path, tmp_path: Path) -> None:
     arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "512"]
     assert convert(source, tmp_path / "out", *arguments) == 0
     assert load_plan(tmp_path / "out").settings["calibration"]["file"] == "self"
+
+
+def test_without_text_a_note_says_what_it_would_give(
+    source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "--calibration FILE, self or hub lowers the loss"
+    assert convert(source, tmp_path / "out", "--bpw", "6", "--dry-run") == 0
+    assert capsys.readouterr().err.count(note) == 1
+    assert convert(source, tmp_path / "out", "--bpw", "6", "--dry-run", "--method", "rtn") == 0
+    assert note not in capsys.readouterr().err
 
 
 # Stopping and going on ------------------------------------------------------------------------------------------------
@@ -276,10 +355,19 @@ def test_stopped_at_every_step(
 
 
 @pytest.mark.parametrize(
-    "more", [["--calibration-tokens", "512"], ["--nested", "0.5"], ["--predecessors", "source"], ["--method", "rtn"]]
+    ("more", "differs"),
+    [
+        (["--calibration-tokens", "512"], "calibration.tokens"),
+        (["--nested", "0.5"], "calibration.mu"),
+        (["--predecessors", "source"], "calibration.predecessors"),
+        (["--method", "awq"], "calibration.method"),
+        (["--candidates", "3", "--seed", "1"], "calibration.candidates and seed"),
+        (["--method", "rtn"], "calibration."),
+    ],
 )
 def test_resume_with_other_settings(
     more: list[str],
+    differs: str,
     source: Path,
     arguments: list[str],
     tmp_path: Path,
@@ -293,7 +381,7 @@ def test_resume_with_other_settings(
         patched.setattr("mlxmoe.convert.passes.Passes.measure", stop)
         assert convert(source, tmp_path / "out", *arguments) == 130
     assert convert(source, tmp_path / "out", *arguments, *more, "--resume") == 2
-    assert "was started with other calibration" in capsys.readouterr().err
+    assert f"was started with other {differs}" in capsys.readouterr().err
 
 
 def test_calibration_text_that_changed_is_refused(
@@ -310,7 +398,7 @@ def test_calibration_text_that_changed_is_refused(
         assert convert(source, tmp_path / "out", *arguments) == 130
     write_text(path, seed=9)
     assert convert(source, tmp_path / "out", *arguments, "--resume") == 2
-    assert "was started with other calibration" in capsys.readouterr().err
+    assert "was started with other calibration.sha256" in capsys.readouterr().err
 
 
 def test_settings_say_how_it_was_calibrated(whole: Path, text: Path) -> None:
@@ -324,3 +412,81 @@ def test_without_text_nothing_is_calibrated(source: Path, tmp_path: Path) -> Non
     config = ConvertConfig(bpw=6)
     Job(source, tmp_path / "out", config, quiet=True).run()
     assert "calibration" not in load_plan(tmp_path / "out").settings
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+def test_singular_statistics_are_reported(
+    source: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three inputs of one layer's experts are always zero: the norm before them multiplies by it."""
+    folder = shutil.copytree(source, tmp_path / "source")
+
+    def silence(weights: dict[str, mx.array]) -> None:
+        weights["model.layers.1.post_attention_layernorm.weight"][:3] = 0
+
+    edit_weights(folder, silence)
+    assert convert(folder, tmp_path / "out", *arguments, "--dry-run") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("the statistics are singular")]
+    (line,) = lines
+    experts = "model.layers.1.mlp.switch_mlp"
+    assert line == (
+        "the statistics are singular, for the calibration text says nothing about "
+        f"3 of the 64 inputs of {experts}.gate_proj, 3 of the 64 inputs of {experts}.up_proj; a damping of 2% of their mean "
+        "stands in"
+    )
+
+
+def test_directions_that_no_text_took() -> None:
+    hessian = np.stack([np.eye(8, dtype=np.float32)] * 2)
+    moments = Moments(hessian, np.ones((2, 3)), np.array([40, 2]), 0.0)
+    assert unseen_directions(moments, 30) == 0
+    assert unseen_directions(moments, 5) == 3
+    assert unseen_directions(moments._replace(tokens=np.array([4, 2])), 30) == 2
+    hessian[:, :3] = hessian[:, :, :3] = 0
+    assert unseen_directions(moments, 30) == 3
+    hessian[0, 0, 0] = 1
+    assert unseen_directions(moments, 30) == 2
+    assert unseen_directions(moments._replace(hessian=np.zeros((0, 0, 0))), 1) == 0
+
+
+def test_layers_that_share_keys_and_values(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma 4's way: the last layer reads the keys and values of the one before, and cannot run without it."""
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    heads = {"head_dim": 32, "num_key_value_heads": 1}
+    changes = {"num_kv_shared_layers": 1, "layer_types": kinds, "per_layer_config": {"1": heads, "2": heads}}
+    source = write_architecture(tmp_path / "source", "gemma4_text", **changes)
+    given = ["--bpw", "10", "--calibration", str(text), "--calibration-tokens", "512"]
+    assert convert(source, tmp_path / "out", *given) == 2
+    error = capsys.readouterr().err
+    assert "this architecture cannot be calibrated (Layer 2 is a KV-shared layer" in error
+    assert "hint: convert it with --method rtn" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    assert convert(source, tmp_path / "out", "--bpw", "10", "--method", "rtn") == 0
+
+
+def test_hidden_states_that_are_not_finite(
+    source: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights that are finite, and too large for what they are multiplied with."""
+    folder = shutil.copytree(source, tmp_path / "source")
+
+    def enlarge(weights: dict[str, mx.array]) -> None:
+        for name in ("model.layers.0.input_layernorm.weight", "model.layers.0.self_attn.v_proj.weight"):
+            weights[name] = mx.full(weights[name].shape, 1e30).astype(weights[name].dtype)
+
+    edit_weights(folder, enlarge)
+    assert convert(folder, tmp_path / "out", *arguments) == 2
+    assert "the hidden states behind model.layers.0 are not finite" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_repacked_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_qwen3(tmp_path / "source", **SMALL)
+    assert main(["repack", str(source), str(tmp_path / "repacked")]) == 0
+    capsys.readouterr()
+    assert convert(tmp_path / "repacked", tmp_path / "out", "--bpw", "6") == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'repacked'} is a repacked folder" in error
+    assert "hint: convert the checkpoint that it was made from" in error

@@ -271,6 +271,11 @@ def no_such_folder(command: str, folder: Path) -> list[str]:
         "convert": [str(folder / "out"), "--bpw", "3"],
         "repack": [str(folder / "out")],
         "bench-chapter": ["--text", str(folder / "nothing.jsonl"), "--calibration", str(folder / "nothing.jsonl")],
+        "bench-quantizers": ["--text", str(folder / "nothing.jsonl"), "--calibration", "c"],
+        "bench-variants": ["--config", str(folder / "nothing.toml"), "--text", "t", "--calibration", "c"],
+        "bench-sensitivity": ["--text", str(folder / "nothing.jsonl"), "--calibration", str(folder / "nothing.jsonl")],
+        "stats": ["--text", str(folder / "nothing.jsonl")],
+        "report": ["--output", str(folder / "out")],
         "forecast": ["--reference", "nothing", "--text", str(folder / "nothing.jsonl")],
     }
     return [command, str(folder / "nothing here"), *needed.get(command, [])]

@@ -489,8 +489,9 @@ def test_killed_at_every_step(tmp_path: Path) -> None:
     whole = snapshot(tmp_path / "whole")
     work = tmp_path / "work"
     work.mkdir()
-    # job; 2 layers and the trunk measured; plan; 2 experts files and the trunk with a note each; 3 side files; plan
-    last = 1 + 3 + 1 + 2 * 3 + 3 + 1
+    # job; rotation and errors of 2 layers, the trunk measured; plan; 2 experts files and the trunk with a note each; 3 side
+    # files; plan
+    last = 1 + 2 * 2 + 1 + 1 + 2 * 3 + 3 + 1
     moments = [*map(str, range(1, last + 1)), str(-last), "state", "rename"]
     done = subprocess.run(
         run_child(_KILLER, str(source), str(work), *moments), capture_output=True, text=True, check=False

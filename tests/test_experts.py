@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from mlxmoe.convert.write import pack_matrix
-from mlxmoe.experts import SORT_FROM, Bucket, ExpertLayer, PlaneLinear
+from mlxmoe.experts import SORT_FROM, Bucket, ExpertLayer, PlaneLinear, combined
 from mlxmoe.formats import (
     LEVELS,
     PLANE_WIDTHS,
@@ -186,3 +186,28 @@ def test_activation_gets_up_then_gate() -> None:
     layer(x, indices)
     wanted_up = x @ switch.up_proj.weight[1].T
     assert mx.abs(seen[0].reshape(-1) - wanted_up.reshape(-1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("levels", [[2, 2], [2, 4]])
+def test_the_product_with_an_expert_that_is_nowhere_is_zero(levels: list[int]) -> None:
+    """One bucket without all experts, and two."""
+    shape = MatrixShape("w", 8, 64, 64)
+    matrices = [make_matrix(8, 64, 64, level, e) for e, level in enumerate(levels)]
+    linear = PlaneLinear(shape, 4, has_bias=False, partial=True)
+    fill(linear, matrices, levels, 0)
+    x = inputs(4, 64)[:, None]
+    indices = mx.array([0, 1, 2, 3])
+    y = linear(x, indices)
+    full = PlaneLinear(shape, 2, has_bias=False)
+    fill(full, matrices, levels, 0)
+    assert mx.array_equal(y[:2], full(x[:2], indices[:2]))
+    assert not y[2:].any().item()
+
+
+def test_copies_are_added_up_each_with_its_weight() -> None:
+    outputs = [inputs(6, 5, seed).reshape(2, 3, 5) for seed in range(3)]
+    weights = mx.array([[0.5, 1.0, 0.2], [0.5, 0.0, 0.3], [0.0, 0.0, 0.4]])
+    experts = mx.array([[0, 1, 2], [2, 0, 1]])
+    expected = np.einsum("ctad,cta->tad", np.stack(outputs), np.array(weights)[:, np.array(experts)])
+    np.testing.assert_allclose(np.array(combined(outputs, weights, experts)), expected, atol=1e-6)
+    assert combined(outputs[:1], None, experts) is outputs[0]

@@ -18,16 +18,16 @@ from mlxmoe.errors import UserError
 from mlxmoe.explain import (
     ExpertBytes,
     Machine,
-    _class_of,
     check_fits,
     expert_bytes,
     make_choice,
     measure_bandwidth,
     measure_sync,
     resident_share,
+    tensor_class,
     token_time,
     trunk_bytes_per_token,
-    write_report,
+    write_pictures,
 )
 from mlxmoe.loading import open_model
 from mlxmoe.policies import load_choice
@@ -90,7 +90,7 @@ def test_trunk_bytes_are_those_of_the_benchmark(demo: Prepared) -> None:
     ],
 )
 def test_classes(name: str, expected: str) -> None:
-    assert _class_of(name) == expected
+    assert tensor_class(name) == expected
 
 
 def test_expert_bytes(demo: Prepared) -> None:
@@ -256,7 +256,7 @@ def test_report(trace_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     for row in result["budgets"]:
         assert f"{row['choice']['hit_rate']:.1%}" in page
 
-    written = write_report(result, load_trace(trace_file), tmp_path / "folder")
+    written = write_pictures(result, load_trace(trace_file), tmp_path / "folder")
     assert sorted(p.name for p in written) == ["hit-rate.png", "popularity.png", "report.html"]
     assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == sorted(p.name for p in written)
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written if p.suffix == ".png")

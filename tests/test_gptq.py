@@ -1,9 +1,13 @@
-"""The batched quantizer against the algorithm as published, exhaustive search and rounding to nearest."""
+"""The batched quantizer against the algorithm as published, exhaustive search and rounding to nearest, in both array
+libraries."""
 
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +21,7 @@ from mlxmoe.convert.gptq import (
     Curvature,
     _Worker,
     affine_code,
+    array_library,
     curvature,
     decoded,
     output_errors,
@@ -50,11 +55,12 @@ def error(weight: np.ndarray, coded: Coded, code: Code, curved: Curvature, level
     return float(output_errors(weight - decoded(coded, code, level), curved.hessian, ones).sum())
 
 
-def nearest(weight: np.ndarray, scales: np.ndarray, code: Code) -> Coded:
+def nearest(weight: np.ndarray, scales: np.ndarray, biases: np.ndarray, code: Code) -> Coded:
     """Rounding to nearest, by trying every code."""
-    grid = code.tables[0] * np.repeat(scales, weight.shape[2] // scales.shape[2], axis=2)[..., None]
+    size = weight.shape[2] // scales.shape[2]
+    grid = code.tables[0] * np.repeat(scales, size, axis=2)[..., None] + np.repeat(biases, size, axis=2)[..., None]
     codes = np.abs(weight[..., None] - grid).argmin(axis=-1).astype(np.uint8)
-    return Coded(codes, scales, np.zeros_like(scales), np.ones((len(weight), len(code.tables) - 1), np.float32))
+    return Coded(codes, scales, biases, np.ones((len(weight), len(code.tables) - 1), np.float32))
 
 
 def published(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
@@ -94,7 +100,7 @@ def test_error_is_far_below_rounding_to_nearest(bits: int) -> None:
     """What error feedback is for: a fraction of the output error at the same bits."""
     weight, hessian = problem(4, 64, 128, seed=1)
     curved, code, scales = curvature(hessian), symmetric_code(bits), starting_scales(weight, bits, 64)
-    plain = error(weight, nearest(weight, scales, code), code, curved)
+    plain = error(weight, nearest(weight, scales, 0 * scales, code), code, curved)
     assert error(weight, quantize(weight, curved, scales, 0 * scales, code), code, curved) < 0.6 * plain
 
 
@@ -116,7 +122,7 @@ def test_error_is_never_above_rounding_to_nearest(bits: int, seed: int, tokens: 
         weight[:, 2, 9] = 80
     curved, code, scales = curvature(hessian), symmetric_code(bits), starting_scales(weight, bits, 32)
     coded = quantize(weight, curved, scales, 0 * scales, code)
-    plain = nearest(weight, scales, code)
+    plain = nearest(weight, scales, 0 * scales, code)
     for row in range(5):
         only = np.eye(5)[[row, row]]
         ours = output_errors(weight - decoded(coded, code), curved.hessian, only)
@@ -125,12 +131,13 @@ def test_error_is_never_above_rounding_to_nearest(bits: int, seed: int, tokens: 
     assert np.isfinite(decoded(coded, code)).all()
 
 
-@pytest.mark.parametrize("size", [1.0, 2e-6])
-def test_every_sweep_lowers_the_error(size: float) -> None:
-    """Also where float16 is so coarse that the best scale, once rounded, is worse than the one before."""
-    weight, hessian = problem(2, 24, 96, seed=5)
+@pytest.mark.parametrize(("size", "group_size"), [(1.0, 32), (2e-6, 32), (1.0, 128)])
+def test_every_sweep_lowers_the_error(size: float, group_size: int) -> None:
+    """Also where float16 is so coarse that the best scale, once rounded, is worse than the one before, and where a group
+    takes several blocks."""
+    weight, hessian = problem(2, 24, 128, seed=5)
     weight *= np.float32(size)
-    curved, code, scales = curvature(hessian), symmetric_code(2), starting_scales(weight, 2, 32)
+    curved, code, scales = curvature(hessian), symmetric_code(2), starting_scales(weight, 2, group_size)
     errors = [error(weight, quantize(weight, curved, scales, 0 * scales, code, n), code, curved) for n in range(5)]
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < 0.95 * errors[0]
@@ -151,6 +158,144 @@ def test_close_to_exhaustive_search() -> None:
         best.append(np.einsum("ck,kl,cl->c", left, curved.hessian[0], left).min())
     assert (ours > 0.999 * np.array(best)).all()
     assert ours.sum() < 1.35 * np.sum(best)
+
+
+# Both array libraries -------------------------------------------------------------------------------------------------
+
+
+def started(weight: np.ndarray, bits: int, group_size: int, mu: float | None) -> tuple[Code, np.ndarray, np.ndarray]:
+    """A code, symmetric for a number mu and affine for None, with starting scales and biases."""
+    if mu is not None:
+        scales = starting_scales(weight, bits, group_size)
+        return symmetric_code(bits, mu), scales, np.zeros_like(scales)
+    start = affine_search(weight.reshape(-1, group_size), bits)
+    scales, biases = (a.astype(np.float32).reshape(*weight.shape[:2], -1) for a in (start.scales, start.biases))
+    return affine_code(bits), scales, biases
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    experts=st.integers(1, 3),
+    rows=st.sampled_from((1, 7, 33)),
+    groups=st.sampled_from(((32, 1), (32, 3), (64, 2))),
+    bits=st.sampled_from(LEVELS),
+    mu=st.sampled_from((None, 0.0, 0.4)),
+    seed=st.integers(0, 10**6),
+)
+def test_mlx_computes_what_numpy_does(
+    experts: int, rows: int, groups: tuple[int, int], bits: int, mu: float | None, seed: int
+) -> None:
+    """One algorithm: the same rows but for ties, which float32 sums in another order may break the other way; such a row is
+    another local minimum, so its error may differ, but not by much. Neither library is worse than rounding to nearest."""
+    weight, hessian = problem(experts, rows, groups[0] * groups[1], seed)
+    curved = curvature(hessian)
+    code, scales, biases = started(weight, bits, groups[0], mu)
+    ours, theirs = (quantize(weight, curved, scales, biases, code, library=library) for library in (np, mx))
+    same = (ours.codes == theirs.codes).all(axis=2)
+    assert same.mean() > 0.9 or (~same).sum() <= 2
+    alike = same.all(axis=1)  # experts without a tie: nothing but rounding may differ
+    np.testing.assert_allclose(theirs.scales[same], ours.scales[same], rtol=2e-3)  # float16 neighbours
+    np.testing.assert_allclose(theirs.gains[alike], ours.gains[alike], rtol=1e-4)
+    plain = row_errors(weight, nearest(weight, scales, biases, code), code, curved)
+    for coded in (ours, theirs):
+        assert [a.dtype for a in coded] == [np.uint8, np.float32, np.float32, np.float32]
+        assert error(weight, coded, code, curved) <= 1.1 * error(weight, ours, code, curved)
+        if not mu:
+            assert (row_errors(weight, coded, code, curved) <= 1.0001 * plain + 1e-9).all()
+
+
+def row_errors(weight: np.ndarray, coded: Coded, code: Code, curved: Curvature) -> np.ndarray:
+    left = weight - decoded(coded, code)
+    return np.einsum("enk,ekl,enl->en", left, curved.hessian, left, dtype=np.float64)
+
+
+@pytest.mark.parametrize("library", [np, mx])
+@pytest.mark.parametrize(("bits", "mu"), [(3, None), (6, None), (4, 0.0), (4, 0.5)])
+def test_scales_are_the_least_squares_of_a_general_solver(library: ModuleType, bits: int, mu: float | None) -> None:
+    """With the codes fixed: numpy's least squares in float64, with the Cholesky factor of H as the weights."""
+    weight, hessian = problem(1, 6, 32, seed=bits)
+    weight += 0.3  # codes that lean to one side: scale and bias are then hard to tell apart
+    curved = curvature(hessian)
+    code, scales, biases = started(weight, bits, 32, mu)
+    worker = _Worker(weight, curved, scales, biases, code, library)
+    worker.keep_better(worker.nearest(), worker.nearest())
+    errors = worker._errors(worker._codes)
+    worker._refit(0, slice(0, 32), worker._hessian @ errors)
+    root = np.linalg.cholesky(curved.hessian[0].astype(np.float64)).T
+    levels = [i for i, share in enumerate(code.weights) if share > 0]
+    for row in range(6):
+        codes = np.asarray(worker._codes)[0, :, row]
+        unknown, wanted = [], []
+        for level in levels:
+            values = code.tables[level][codes] * np.asarray(worker._gains[level]).item()
+            columns = [values, np.ones(32)] if mu is None else [values]
+            share = np.sqrt(code.weights[level])
+            unknown.append(share * root @ np.stack(columns, axis=1))
+            wanted.append(share * root @ weight[0, row])
+        best = np.linalg.lstsq(np.concatenate(unknown), np.concatenate(wanted), rcond=None)[0]
+        found = [np.asarray(a)[0, 0, row] for a in (worker._scales, worker._biases)][: len(best)]
+        assert found[0] == pytest.approx(best[0], rel=2e-3)  # a few float16 steps
+        if mu is None:  # the bias that is best for the scale as stored
+            lean = root @ np.ones(32)
+            left = root @ (weight[0, row] - found[0] * code.tables[0][codes])
+            assert found[1] == pytest.approx(float(lean @ left / (lean @ lean)), rel=2e-3, abs=1e-3)
+
+
+class _CoarseProducts(np.ndarray):
+    """Arrays whose products round their factors to the 10 bits of TF32's mantissa, as some GPUs do with float32."""
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        arrays = [np.asarray(a) for a in inputs]
+        if ufunc is np.matmul:
+            words = [np.ascontiguousarray(a, np.float32).view(np.uint32) for a in arrays]
+            arrays = [((w + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32) for w in words]
+        if "out" in kwargs:
+            kwargs["out"] = tuple(np.asarray(a) for a in kwargs["out"])
+        result = getattr(ufunc, method)(*arrays, **kwargs)
+        return result.view(_CoarseProducts) if isinstance(result, np.ndarray) else result
+
+
+@pytest.mark.parametrize(("bits", "mu"), [(2, 0.0), (8, 0.0), (4, 0.5), (3, None)])
+def test_a_gpu_that_rounds_products_loses_next_to_nothing(
+    bits: int, mu: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = problem(2, 48, 128, seed=bits)
+    curved = curvature(hessian)
+    code, scales, biases = started(weight, bits, 64, mu)
+    exact = error(weight, quantize(weight, curved, scales, biases, code), code, curved)
+    monkeypatch.setattr(_Worker, "_taken", lambda _, a: np.ascontiguousarray(a).view(_CoarseProducts))
+    coarse = quantize(weight, curved, scales, biases, code)
+    assert isinstance(_Worker(weight, curved, scales, biases, code)._hessian, _CoarseProducts)
+    # 2^-11 of each product: less than what one other code changes, and rows are few
+    assert error(weight, coarse, code, curved) == pytest.approx(exact, rel=5e-3)
+
+
+class _CountingMlx:
+    """mlx.core, counting evaluations."""
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(mx, name)
+
+    def eval(self, *arrays: Any) -> None:
+        self.evaluations += 1
+        mx.eval(*arrays)
+
+
+def test_graphs_of_mlx_stay_small() -> None:
+    """Evaluated after every block of 32 columns of the feedback, and every group of a sweep."""
+    weight, hessian = problem(1, 4, 128)
+    curved, library = curvature(hessian), _CountingMlx()
+    quantize(weight, curved, *started(weight, 2, 64, 0.0)[1:], symmetric_code(2), sweeps=3, library=library)
+    assert library.evaluations >= 128 // 32 + 3 * 2
+
+
+def test_the_library_follows_the_default_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert array_library() is np  # tests run on the CPU
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert array_library() is mx
 
 
 # Nested levels --------------------------------------------------------------------------------------------------------

@@ -17,10 +17,10 @@ LOADER = "loading"
 PACKAGE_LAYERS = [
     ["errors"],
     ["units", "arguments", "machine", "files", "pressure"],
-    ["formats", "budget", "router", "policies", "prefetch"],
+    ["formats", "budget", "router", "policies", "prefetch", "rotation"],
     ["plan", "kernels", "cache"],
     ["reference", "store", "residency", "work"],
-    ["checkpoint", "models", "experts", "reader"],
+    ["checkpoint", "models", "experts", "reader", "pictures"],
     ["banks", "blocks", "kernel_choice", "stacked", "gates"],
     ["repack", "shelves", "lookahead"],
     ["arena"],
@@ -36,20 +36,26 @@ PACKAGE_LAYERS = [
     ["cli"],
 ]
 CONVERT_LAYERS = [
-    ["calibrate", "selftext", "quantize", "sensitivity", "gptq"],
-    ["config", "rotate"],
+    ["calibrate", "selftext", "quantize", "gptq"],
+    ["config", "rotate", "domains", "hubtext"],
     ["source", "replicas"],
-    ["measure", "stream"],
-    ["stats", "allocate", "walk"],
-    ["calibrated", "write"],
-    ["passes"],
+    ["measure", "stream", "written", "watch"],
+    ["stats", "sensitivity", "strategies", "walk"],
+    ["awq"],
+    ["allocate", "calibrated", "changes"],
+    ["write", "scores", "activations", "polish", "route"],
+    ["coded", "ensemble"],
+    ["passes", "compare"],
+    ["refine"],
     ["job"],
     ["cli", "make_demo"],
 ]
 BENCH_LAYERS = [
-    ["checkpoint", "decode", "timing", "kernels", "launches"],
-    ["baseline", "cache_attempts", "class_weights", "convert_memory", "simulate", "streaming_model", "reads"],
-    ["cli", "memory", "chapter"],
+    ["checkpoint", "child", "decode", "timing", "kernels", "launches", "pages", "ranking"],
+    ["stock"],
+    ["baseline", "cache_attempts", "class_weights", "convert", "simulate", "streaming_model", "reads", "stats"],
+    ["cli", "memory", "chapter", "quantizers", "sensitivity", "report"],
+    ["variants"],
 ]
 HIGHEST_FOR_CONVERT = LOADER
 # What `mlxmoe.NAME` gives is imported when it is asked for, by the package itself

@@ -130,7 +130,7 @@ def test_logits_are_those_of_the_stored_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source, converted = folders[case]
-    loader = sys.modules[open_model.__module__]
+    loader = sys.modules["mlxmoe.prepared"]
 
     def solve(plan: Any, budget: int | None, scale_nbytes: int, _: bool) -> Residency:
         return solve_residency(plan, budget, scale_nbytes, widen)

@@ -75,7 +75,7 @@ def test_histogram_and_bytes() -> None:
         ("{", "is not valid JSON"),
         ("[]", "is not a plan"),
         ('{"format": "other"}', "is not a plan"),
-        (make_plan().dumps().replace('"version":1', '"version":2'), "has format version 2, this mlxmoe reads up to 1"),
+        (make_plan().dumps().replace('"version":1', '"version":3'), "has format version 3, this mlxmoe reads up to 2"),
         (make_plan().dumps().replace('"seed"', '"sead"'), "is damaged"),
         (make_plan().dumps().replace('"projections":[[', '"projections":[3,['), "is damaged"),
         (make_plan().dumps().replace('"version":1', '"version":"x"'), "is damaged"),

@@ -7,14 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxmoe.convert.config import Replication, parse_replicas
 from mlxmoe.convert.quantize import clip_search, encode
 from mlxmoe.convert.replicas import (
     COPIES,
+    POOL,
     adaptive_budgets,
     benefit,
     choose_replicated,
     combine,
     conservative,
+    copies_per_expert,
+    copy_seeds,
     copy_settings,
     ensemble_error,
     fit_selector,
@@ -22,6 +26,7 @@ from mlxmoe.convert.replicas import (
     learned_weights,
     mean_weights,
     most_different,
+    output_weights,
     runtime_weights,
     select,
     selected,
@@ -31,7 +36,9 @@ from mlxmoe.convert.replicas import (
     variance_weights,
     vote,
 )
-from mlxmoe.convert.rotate import Rotation, plain_rotation, rotate, unrotate
+from mlxmoe.formats import MatrixShape
+from mlxmoe.plan import ExpertEntry, LayerPlan, Replicas
+from mlxmoe.rotation import UNROTATED, LayerRotations, Rotation, RotationRule, plain_rotation, rotate, unrotate
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -202,3 +209,57 @@ def test_conservative_mode() -> None:
     weights = np.array([0.8, 0.2])
     np.testing.assert_array_equal(runtime_weights(weights, calm, True), weights)
     np.testing.assert_array_equal(runtime_weights(weights, calm, False), [0.5, 0.5])
+
+
+# -- of a file --------------------------------------------------------------------------------------------------------
+
+
+def test_a_given_first_rotation_is_kept_and_the_others_are_the_least_like_it() -> None:
+    similarities = np.array([[1, 0.9, 0.5, 0.6], [0.9, 1, 0.1, 0.2], [0.5, 0.1, 1, 0.3], [0.6, 0.2, 0.3, 1]])
+    assert most_different(similarities, 2) == [1, 2]
+    assert most_different(similarities, 2, first=0) == [0, 2]
+    assert most_different(similarities, 3, first=0) == [0, 2, 3]
+    assert most_different(similarities, 1, first=3) == [3]
+
+
+def test_seeds_of_copies_are_those_of_the_least_similar_rotations() -> None:
+    first, second = copy_seeds("randomised-hadamard", 64, 2, 40)
+    assert first == 40
+    pool = {seed: plain_rotation("randomised-hadamard", 64, seed) for seed in range(40, 40 + POOL)}
+    likeness = {s: similarity_matrix([pool[40], r])[0, 1] for s, r in pool.items() if s != 40}
+    assert second == min(likeness, key=lambda seed: likeness[seed])
+    assert len(set(copy_seeds("block-hadamard-64", 128, 3, 0))) == 3
+
+
+def test_how_many_copies() -> None:
+    scores = [np.array([1.0, 5, 3, 0.5, 2]), np.array([10.0, 50, 30, 5, 20])]
+    by_sensitivity = copies_per_expert(Replication("sensitivity", 0.4, 3), scores, 0)
+    assert [list(layer) for layer in by_sensitivity] == [[1, 3, 3, 1, 1]] * 2
+    random = copies_per_expert(Replication("random", 0.4), scores, 1)
+    assert [sum(layer == 2) for layer in random] == [2, 2]
+    assert np.any(np.array(random) != copies_per_expert(Replication("random", 0.4), scores, 2))
+    # The second layer has ten times the score: what clip(lambda * score, 15 %, 45 %) of mean 30 % gives
+    adaptive = copies_per_expert(Replication("adaptive", 0.30), [np.repeat(s, 4) for s in scores], 0)
+    assert [int((layer == 2).sum()) for layer in adaptive] == [int(0.15 * 20), int(0.45 * 20)]
+    unknown = copies_per_expert(Replication("adaptive", 0.30), [np.zeros(20)] * 2, 0)
+    assert [int((layer == 2).sum()) for layer in unknown] == [9, 9]  # as many as any layer can have
+
+
+def test_what_outputs_of_copies_count() -> None:
+    shapes = tuple(MatrixShape(name, 8, 32, 32) for name in ("fc1", "fc2", "fc1_2", "fc2_2"))
+    both = ExpertEntry((2, 3) * 2, ((0.3,), (0.4, 0.1), (0.1,), (0.4, 0.1)), ((), (0.9,)) * 2)
+    one = ExpertEntry((2, 3, 0, 0), ((0.3,), (0.4, 0.1), (), ()), ((), (0.9,), (), ()))
+    learned = Replicas((UNROTATED,), ((0.62345678, 1.0), (0.3, 0.0)))
+    rotations = LayerRotations(RotationRule("hadamard"), RotationRule("hadamard"))
+    layer = LayerPlan(0, "m", "mlp", "f", shapes, ((1.0, 1.0),) * 4, (both, one), rotations, learned)
+    assert [layer.num_copies(e) for e in (0, 1)] == [2, 1]
+    assert output_weights(Replication(combine="mean"), layer) == [[0.5, 1.0], [0.5, 0.0]]
+    # errors 0.4 and 0.2: one third and two thirds
+    assert output_weights(Replication(combine="variance"), layer) == [[0.3333, 1.0], [0.6667, 0.0]]
+    assert output_weights(Replication(combine="learned"), layer) == [[0.6235, 1.0], [0.3, 0.0]]
+
+
+def test_how_replicas_are_asked_for() -> None:
+    assert parse_replicas("sensitivity", "mean") == Replication("sensitivity", 0.30, 2, "mean")
+    assert parse_replicas("adaptive:0.2", "variance") == Replication("adaptive", 0.2, 2, "variance")
+    assert parse_replicas("random:0.5:3", "learned") == Replication("random", 0.5, 3, "learned")

@@ -10,7 +10,7 @@ import pytest
 
 from mlxmoe.formats import LEVELS, MatrixShape, num_planes
 from mlxmoe.plan import ExpertEntry, LayerPlan, Plan, TrunkEntry
-from mlxmoe.residency import Residency, resident_nbytes, smallest_residency, solve_residency
+from mlxmoe.residency import Residency, choose_swaps, resident_nbytes, smallest_residency, solve_residency
 
 SHAPES = (
     MatrixShape("gate_proj", 64, 128, 128),
@@ -132,3 +132,24 @@ def test_same_input_same_levels() -> None:
     assert first == second
     assert len({str(r.levels) for r in first}) > 1
     assert all(a.expected_loss > b.expected_loss for a, b in itertools.pairwise(first))
+
+
+def test_matrices_that_are_not_there_take_no_memory_and_no_width() -> None:
+    """A second copy of the second expert only: what is counted is what three matrices take."""
+    shapes = (SHAPES[0]._replace(name="fc1"), SHAPES[0]._replace(name="fc2"))
+    shapes += tuple(shape._replace(name=shape.name + "_2") for shape in shapes)
+    single = ExpertEntry((2, 2, 0, 0), ((0.1,), (0.1,), (), ()), ((), (), (), ()))
+    double = ExpertEntry((2, 3, 2, 3), ((0.1,), (0.1, 0.02), (0.1,), (0.1, 0.02)), ((), (0.9,), (), (0.9,)))
+    layer = LayerPlan(0, "m", "mlp", "f", shapes, ((1.0, 1.0),) * 4, (single, double))
+    plan = Plan("toy", {}, {}, 1, (layer,), {}, 0.5)
+    everything = solve_residency(plan, None, GROUP, widen=False)
+    assert everything.levels == [[(2, 2, 0, 0), (2, 3, 2, 3)]]
+    assert everything.histogram() == {2: 4, 3: 2}
+    shape = shapes[0]
+    assert everything.nbytes == 4 * resident_nbytes(shape, 2, GROUP) + 2 * resident_nbytes(shape, 3, GROUP)
+    widened = solve_residency(plan, None, GROUP, widen=True)
+    assert widened.widths == [(2, 4, 2, 4)]
+    assert widened.nbytes == 3 * resident_nbytes(shape, 2, GROUP) + 3 * resident_nbytes(shape, 4, GROUP)
+    least = solve_residency(plan, smallest_residency(plan, GROUP), GROUP, widen=False)
+    assert least.levels == [[(2, 2, 0, 0), (2, 2, 2, 2)]]
+    assert choose_swaps(layer, least.levels[0], [0, 100], 4) == []

@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
+import json
+import zlib
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from mlxmoe.convert.calibrated import measure_experts, pack_experts
+from mlxmoe.convert.gptq import DAMPING
 from mlxmoe.convert.rotate import (
+    AUTO,
+    CANDIDATES,
+    CHOICES,
+    WORTHWHILE_DB,
+    Rotated,
+    Sample,
+    as_stored,
+    check_rotation,
+    choose_rotation,
+    dfrot,
+    dfrot_loss,
+    longest_rules,
+    make_rotation,
+    massive_tokens,
+    quantized_activations,
+    rotated_error,
+    sampled_rotation,
+)
+from mlxmoe.convert.stats import Moments
+from mlxmoe.errors import UserError
+from mlxmoe.formats import PLANE_WIDTHS, MatrixShape, dequantize_codes, join_planes, unpack_codes
+from mlxmoe.rotation import (
     FITTED,
     NAMES,
     PLAIN,
-    WORTHWHILE_DB,
+    STORED,
+    LayerRotations,
     Rotation,
-    choose_rotation,
+    RotationRule,
     dense,
-    dfrot,
-    dfrot_loss,
     fits,
-    make_rotation,
-    massive_tokens,
     plain_rotation,
-    quantized_activations,
-    random_orthogonal,
     rotate,
     rotate_moments,
-    rotated_error,
     sylvester,
     unrotate,
 )
-from mlxmoe.errors import UserError
 
 
 def gaussian(*shape: int, seed: int = 0) -> np.ndarray:
@@ -62,50 +79,6 @@ def test_a_rotation_is_orthogonal_and_leaves_products_alone(name: str) -> None:
     np.testing.assert_allclose(unrotate(rotate(x, rotation), rotation), x, atol=2e-5)
     moments = x.T @ x
     np.testing.assert_allclose(rotate_moments(moments, rotation), matrix @ moments @ matrix.T, atol=1e-3)
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.sampled_from(PLAIN), st.integers(0, 1 << 20), st.sampled_from([64, 128, 192, 384]))
-def test_lengths_are_kept_for_any_seed_and_width(name: str, seed: int, columns: int) -> None:
-    if not fits(name, columns):
-        with pytest.raises(UserError, match=r"power of two|does not fit"):
-            plain_rotation(name, columns, seed)
-        return
-    x = gaussian(3, columns, seed=seed % 7)
-    turned = rotate(x, plain_rotation(name, columns, seed))
-    np.testing.assert_allclose(np.linalg.norm(turned, axis=1), np.linalg.norm(x, axis=1), rtol=1e-5)
-
-
-@pytest.mark.parametrize("size", [1, 2, 64, 256])
-def test_sylvester_is_scipys_hadamard_matrix_and_mlxs_transform(size: int) -> None:
-    linalg = pytest.importorskip("scipy.linalg")
-    np.testing.assert_allclose(sylvester(size), linalg.hadamard(size) / np.sqrt(size), rtol=1e-6)
-    x = gaussian(4, size)
-    np.testing.assert_allclose(x @ sylvester(size).T, np.array(mx.hadamard_transform(mx.array(x))), atol=1e-5)
-
-
-def test_the_block_form_is_what_the_runtimes_kernel_computes() -> None:
-    from mlxmoe.kernels import ReferenceKernels
-
-    rotation, x = plain_rotation("block-hadamard-128", 384, seed=4), gaussian(3, 384)
-    expected = ReferenceKernels().hadamard_blocks(mx.array(x), mx.array(rotation.signs), 128)
-    np.testing.assert_allclose(rotate(x, rotation), np.array(expected), atol=1e-5)
-
-
-def test_random_orthogonal_matrices_have_no_preferred_sign() -> None:
-    """Without the sign fix the mean of the trace is far from 0."""
-    traces = [np.trace(random_orthogonal(8, seed)) for seed in range(300)]
-    assert abs(np.mean(traces)) < 0.25  # its standard error is 1/sqrt(300) = 0.06; without the fix about -2
-
-
-def test_signs_before_the_hadamard_matrix_change_the_rounding_and_behind_it_do_not() -> None:
-    w = gaussian(1, 64)
-    signs = plain_rotation("randomised-hadamard", 64, seed=1).signs
-    behind = w @ sylvester(64).T * signs
-    before = rotate(w, plain_rotation("randomised-hadamard", 64, seed=1))
-    plain = w @ sylvester(64).T
-    np.testing.assert_array_equal(np.sort(np.abs(behind)), np.sort(np.abs(plain)))
-    assert not np.allclose(np.sort(np.abs(before)), np.sort(np.abs(plain)))
 
 
 def test_activations_are_rounded_to_even_steps_of_each_token() -> None:
@@ -192,3 +165,97 @@ def test_bad_input() -> None:
         make_rotation("dfrot-50", 64)
     with pytest.raises(UserError, match="not a power of two"):
         sylvester(96)
+
+
+# Of a layer -----------------------------------------------------------------------------------------------------------
+
+SHAPES = (
+    MatrixShape("gate_proj", 16, 128, 64),
+    MatrixShape("up_proj", 16, 128, 64),
+    MatrixShape("down_proj", 128, 64, 32),
+)
+
+
+def moments_of(x: np.ndarray, experts: int, rows: int) -> Moments:
+    """Of experts that all see the same inputs, whose rows all count alike."""
+    hessian = np.broadcast_to((x.T @ x / len(x)).astype(np.float32), (experts, x.shape[1], x.shape[1]))
+    return Moments(hessian, np.ones((experts, rows)), np.full(experts, len(x)), 1.0, x)
+
+
+def test_what_pays_is_chosen_for_each_of_a_layers_inputs() -> None:
+    """Two-valued weights are exact as they are; spiky ones are not."""
+    two_valued = Sample(np.sign(gaussian(3, 16, 128)), np.stack([np.eye(128, dtype=np.float32)] * 3))
+    spiky = gaussian(2, 128, 64) * np.where(np.arange(64) % 16 == 0, 20, 1).astype(np.float32)
+    hidden = Sample(spiky, np.stack([np.eye(64, dtype=np.float32)] * 2))
+    rotated = sampled_rotation(AUTO, SHAPES, (two_valued, hidden), bits=2, seed=1)
+    assert rotated.inputs.name == "none"
+    assert rotated.hidden.name in CANDIDATES
+    assert [rotated.of(p, 3).name for p in range(3)] == ["none", "none", rotated.hidden.name]
+    assert [rotated.of(p, 2).name for p in range(2)] == ["none", rotated.hidden.name]
+    assert rotated.rules(1) == LayerRotations(RotationRule(), RotationRule(rotated.hidden.name, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layers_rotations_are_kept_whole(name: str) -> None:
+    x, w = activations(columns=128), gaussian(2, 8, 128, seed=3)
+    samples = tuple(Sample(w[..., :k], (x[:, :k].T @ x[:, :k])[None].repeat(2, 0), x[:, :k]) for k in (128, 64))
+    if not fits(name, 64):
+        name = "block-hadamard-64"
+    rotated = sampled_rotation(name, SHAPES, samples, bits=2, seed=4)
+    again = Rotated.from_arrays(rotated.arrays(), SHAPES, 4)
+    for before, after in zip(rotated, again, strict=True):
+        assert before.name == after.name
+        np.testing.assert_array_equal(dense(before), dense(after))
+    assert again.rules(4) == rotated.rules(4)
+    for rule, rotation in zip(rotated.rules(4), rotated, strict=True):
+        assert rule.crc32 == (zlib.crc32(rotation.block.astype(np.float16).tobytes()) if name in STORED else 0)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_no_rule_is_longer_than_was_counted(name: str) -> None:
+    counted = len(json.dumps(longest_rules(name, 7)))
+    for chosen in (*CANDIDATES, "none") if name == AUTO else (name,):
+        rule = RotationRule(chosen, 0 if chosen == "none" else 7, 4294967295 if chosen in STORED else 0)
+        assert len(json.dumps((rule, rule))) <= counted
+
+
+@pytest.mark.parametrize("name", ["none", "random", "block-hadamard-64"])
+def test_experts_are_coded_behind_a_rotation(name: str) -> None:
+    """What is stored is W R'; values and errors are those of the matrix rotated back."""
+    weight, x = gaussian(3, 16, 128, seed=1), gaussian(200, 128, seed=2) * np.linspace(0.2, 2, 128, dtype=np.float32)
+    moments, rotation = moments_of(x, 3, 16), as_stored(plain_rotation(name, 128, 6))
+    packed = pack_experts(weight, moments, [2, 4, 2], SHAPES[0], 0.0, rotation)
+    for e, (matrix, errors, values) in enumerate(packed):
+        codes = join_planes([unpack_codes(p, w, 128) for p, w in zip(matrix.planes, PLANE_WIDTHS, strict=False)])
+        stored = np.array(dequantize_codes(codes, matrix.scales, matrix.level))
+        np.testing.assert_allclose(values, stored @ dense(rotation), atol=1e-5)
+        own, left = (loss_of(d, x) for d in (weight[e], weight[e] - values))
+        assert errors[-1] == pytest.approx(left / own, rel=1e-2)
+        assert errors[-1] < {2: 0.2, 4: 0.02}[matrix.level]
+
+
+def loss_of(difference: np.ndarray, x: np.ndarray) -> float:
+    """Squared error of the outputs, the damping counted in."""
+    damping = DAMPING * float(np.square(x).sum()) / x.size
+    return float(np.square(difference @ x.T).sum() / len(x) + damping * np.square(difference).sum())
+
+
+def test_measured_errors_are_those_behind_the_rotation_and_values_are_rotated_back() -> None:
+    weight = gaussian(2, 16, 128, seed=1) * np.where(np.arange(128) % 16 == 0, 20, 1).astype(np.float32)
+    moments, rotation = moments_of(gaussian(300, 128, seed=2), 2, 16), plain_rotation("hadamard", 128)
+    seen: dict[int, np.ndarray] = {}
+    look = {"rotation": rotation, "seen": lambda part, i, values: seen.update({i: values})}
+    turned = measure_experts(weight, moments, [2, 8], 64, **look)  # type: ignore[arg-type]
+    plain = measure_experts(weight, moments, [2, 8], 64)
+    np.testing.assert_allclose(turned.norms, plain.norms, rtol=1e-4)
+    assert (turned.errors[:, 0] < 0.5 * plain.errors[:, 0]).all()
+    np.testing.assert_allclose(seen[1], weight, atol=0.02 * np.abs(weight).max())
+
+
+def test_a_name_that_does_not_fit_is_refused() -> None:
+    check_rotation("block-hadamard-64", SHAPES)
+    check_rotation(AUTO, (MatrixShape("fc1", 8, 96, 32), MatrixShape("fc2", 96, 8, 32)))
+    with pytest.raises(UserError, match="does not fit the 64 columns of down_proj"):
+        check_rotation("block-hadamard-128", SHAPES)
+    with pytest.raises(UserError, match="does not fit the 96 columns of fc1, which are not a power of two"):
+        check_rotation("dfrot-50", (MatrixShape("fc1", 8, 96, 32), MatrixShape("fc2", 96, 64, 32)))

@@ -28,10 +28,11 @@ from mlxmoe.bench.simulate import (
     round_to_grid,
 )
 from mlxmoe.convert.replicas import Selector
-from mlxmoe.convert.rotate import plain_rotation, quantized_activations, rotate, unrotate
+from mlxmoe.convert.rotate import quantized_activations
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import Text
 from mlxmoe.formats import MatrixShape
+from mlxmoe.rotation import plain_rotation, rotate, unrotate
 
 TEXT = Text("text", ["the quick brown fox jumps over the lazy dog. " * 20, "one two three four five. " * 30])
 

@@ -158,3 +158,16 @@ def test_replaced_weights_are_used(tmp_path: Path) -> None:
         after = stream.run(0, TOKENS, states)
         mx.eval(before, after)
     assert not np.allclose(np.array(before), np.array(after))
+
+
+def test_an_embedding_that_is_the_head_is_recorded_as_the_head(tmp_path: Path) -> None:
+    """Its gradients are those of the logits: the drawn token's one-hot less the probabilities."""
+    source = Source(open_checkpoint(write_architecture(tmp_path / "tied", "qwen3_moe", tie_word_embeddings=True)), 32)
+    stream = LayerStream(source)
+    hidden = hidden_states(stream)[-1]
+    path = "model.embed_tokens"
+    record = stream.sample(TOKENS, hidden, [path], seed=3).records[path]
+    probabilities = np.exp(np.array(logits_behind(stream, TOKENS, hidden))).reshape(-1, record.outputs.shape[1])
+    difference = record.gradients + probabilities
+    np.testing.assert_allclose(difference.max(axis=1), 1, rtol=1e-4)
+    np.testing.assert_allclose(difference.sum(axis=1), 1, rtol=1e-4)

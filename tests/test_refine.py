@@ -1,0 +1,154 @@
+"""Losses scaled to measured divergences: parts add up to the plan, quotients to what is measured, and the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from toy_checkpoints import convert, load_plan, write_qwen3
+
+from mlxmoe.checkpoint import open_checkpoint
+from mlxmoe.convert.calibrate import Calibration, choose_tokens, file_sha256, read_documents
+from mlxmoe.convert.config import ConvertConfig
+from mlxmoe.convert.job import Job
+from mlxmoe.convert.passes import read_tokenizer
+from mlxmoe.convert.refine import (
+    LIMIT,
+    Losses,
+    Part,
+    Quotient,
+    expected_losses,
+    fresh_tokens,
+    measure_parts,
+    refine,
+)
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
+WORDS = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router", "for", "every", "token")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen3(tmp_path_factory.mktemp("refine") / "source", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def text(source: Path) -> Path:
+    path = source.parent / "text.txt"
+    path.write_text(" ".join(np.random.RandomState(0).choice(WORDS, 400)))
+    return path
+
+
+def calibration(text: Path, tokens: int = 1024) -> Calibration:
+    return Calibration(str(text), file_sha256(text), tokens=tokens, window=128)
+
+
+def test_factor_is_the_quotient_within_limits() -> None:
+    assert Quotient(2.0, 3.0).factor == 1.5
+    assert Quotient(1.0, 100.0).factor == LIMIT
+    assert Quotient(100.0, 1.0).factor == 1 / LIMIT
+    assert Quotient(0.0, 1.0).factor == Quotient(1.0, 0.0).factor == 1.0
+
+
+def test_round_by_round(source: Path, text: Path, tmp_path: Path) -> None:
+    """Parts add up to the plan's loss; scaled losses of the same plan are what was measured; the file is what is read."""
+    config = ConvertConfig(bpw=6, calibration=calibration(text, 512), expert_levels=(2, 4))
+    job = Job(source, tmp_path / "out", config, quiet=True)
+    tmp_path.joinpath("state").mkdir()
+    passes = job._passes(tmp_path / "state")
+    measured = passes.measure()
+    losses = Losses(measured.experts, measured.trunk)
+    plan = job._allocator(losses).decide().plan
+    levels = config.expert_levels
+    expected = expected_losses(passes, losses, plan, levels)
+    assert list(expected) == [Part(-1, False), *(Part(i, e) for i in (0, 1) for e in (False, True)), Part(2, False)]
+    assert sum(expected.values()) == pytest.approx(plan.expected_loss)
+
+    tokens = fresh_tokens(calibration(text, 512), read_tokenizer(job.checkpoint), 0, passes.walk.tokens)
+    file = tmp_path / "state" / "refined-0.npz"
+    before = {path.name for path in file.parent.iterdir()}
+    after, note = refine(passes, losses, plan, levels, tokens, file, quiet=True)
+    assert {path.name for path in file.parent.iterdir()} == before | {file.name}
+    assert f"{len(expected)} parts alone cost" in note
+    with np.load(file) as saved:
+        found = dict(zip(expected, saved["measured"], strict=True))
+    assert min(found.values()) > 0
+    rescaled = expected_losses(passes, after, job._allocator(after).account(plan).plan, levels)
+    for part, value in rescaled.items():
+        if part.experts:  # the plan's own entries are those of the trunk
+            assert value == pytest.approx(expected[part] * Quotient(expected[part], found[part]).factor)
+    again, _ = refine(passes, losses, plan, levels, tokens, file, quiet=True)
+    np.testing.assert_array_equal(again.trunk.errors, after.trunk.errors)
+    trunk = dict(zip(passes.trunk_names(), after.trunk.weights / losses.trunk.weights, strict=True))
+    head = Quotient(expected[Part(2, False)], found[Part(2, False)]).factor
+    assert trunk["lm_head.weight"] == pytest.approx(head)
+
+
+def test_every_part_is_changed_alone_and_coded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The trunk tensors of a layer, then its experts, both from one coding of the layer."""
+    coded: list[int] = []
+    names = {0: ["attention", "experts.up", "experts.down"], 1: ["head"]}
+
+    def coded_values(i: int, plan: Any) -> dict[str, np.ndarray]:
+        coded.append(i)
+        return {name: np.full(2, i) for name in names[i]}
+
+    def found(walk: Any, changes: list[Any], progress: Any) -> np.ndarray:
+        changed.extend((change.layer, sorted(change.weights(None))) for change in changes)
+        return np.arange(12.0).reshape(3, 1, 4)
+
+    changed: list[tuple[int, list[str]]] = []
+    tensors = {i: [SimpleNamespace(name=names[i][0])] for i in names}
+    stream = SimpleNamespace(layers=[None])
+    passes: Any = SimpleNamespace(
+        coded_values=coded_values,
+        parts=lambda: [(0, tensors[0], object()), (1, tensors[1], None)],
+        walk=SimpleNamespace(stream=stream),
+    )
+    monkeypatch.setattr("mlxmoe.convert.refine.divergences", found)
+    parts = [Part(0, False), Part(0, True), Part(1, False)]
+    plan: Any = None
+    assert measure_parts(passes, plan, parts, np.zeros((1, 4), np.int32), quiet=True) == dict(
+        zip(parts, (1.5, 5.5, 9.5), strict=True)
+    )
+    assert changed == [(0, ["attention"]), (0, ["experts.down", "experts.up"]), (1, ["head"])]
+    assert coded == [0, 1]
+
+
+def test_fresh_tokens_are_those_behind(source: Path, text: Path) -> None:
+    tokenizer = read_tokenizer(open_checkpoint(source))
+    documents = read_documents(text, tokenizer)
+    used = choose_tokens(documents, tokenizer, calibration(text, 512), 0)
+    more = choose_tokens(documents, tokenizer, calibration(text, 4096), 0)
+    found = fresh_tokens(calibration(text, 512), tokenizer, 0, used)
+    assert (more[: len(used)] == used).all()
+    np.testing.assert_array_equal(found[: len(more) - len(used)], more[len(used) :])
+    everything = choose_tokens(documents, tokenizer, calibration(text, 10**6), 0)
+    last = fresh_tokens(calibration(text, 512), tokenizer, 0, everything)
+    np.testing.assert_array_equal(last, everything[-len(last) :])
+
+
+def test_goes_on_where_it_was_stopped(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two rounds, stopped before the writing: what was measured is not measured again."""
+    arguments = ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "512", "--expert-bits", "2,4"]
+    arguments += ["--refine", "2"]
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxmoe.convert.passes.Passes.write", stop)
+        assert convert(source, tmp_path / "out", *arguments) == 130
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxmoe.convert.refine.measure_parts", stop)
+        assert convert(source, tmp_path / "out", *arguments, "--resume") == 0
+    error = capsys.readouterr().err
+    assert "refinement 1: 6 parts alone cost" in error
+    assert "refinement 2: 6 parts alone cost" in error
+    assert load_plan(tmp_path / "out").settings["allocation"]["refine"] == 2

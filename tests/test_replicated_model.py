@@ -1,0 +1,321 @@
+"""Experts written as several copies: what is computed, resident, reduced and streamed; their bytes; what is chosen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_unflatten
+from mlx_lm.models.switch_layers import SwitchLinear
+from toy_checkpoints import (
+    RuntimeConfig,
+    convert,
+    folder_nbytes,
+    load_plan,
+    open_model,
+    prepare,
+    snapshot,
+    stored_matrix,
+    write_architecture,
+    write_qwen3,
+)
+
+from mlxmoe import loading
+from mlxmoe.banks import copies_nbytes
+from mlxmoe.errors import UserError
+from mlxmoe.experts import ExpertLayer
+from mlxmoe.kernels import ReferenceKernels
+from mlxmoe.loading import Loaded
+from mlxmoe.models import named_arrays
+from mlxmoe.plan import LayerPlan, Plan
+from mlxmoe.prepared import expert_layers, full_memory, smallest_memory
+from mlxmoe.rotation import dense, plain_rotation
+from mlxmoe.store import layer_records, read_header
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 6}
+PROMPT = mx.array([[5 + i * 7 % 250 for i in range(40)]])
+ROTATION = ["--rotation", "randomised-hadamard"]
+SPECS = {"pairs": "sensitivity:0.4", "threes": "random:0.5:3"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_qwen3(tmp_path_factory.mktemp("replicated") / "source", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def folders(source: Path) -> dict[str, Path]:
+    result = {name: source.parent / name for name in SPECS}
+    arguments = ["--bpw", "8", "--expert-bits", "2,3,4", *ROTATION, "--combine", "variance"]
+    for name, folder in result.items():
+        assert convert(source, folder, *arguments, "--replicas", SPECS[name]) == 0
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _limits() -> Iterator[None]:
+    """Loading sets MLX's limits for the whole process: put them back."""
+    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
+    yield
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)
+
+
+def write_text(path: Path) -> Path:
+    words = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router")
+    path.write_text(" ".join(np.random.RandomState(0).choice(words, 800)))
+    return path
+
+
+class Sum(nn.Module):
+    """What a layer with copies means: the sum of their outputs, each times its weight for the expert."""
+
+    def __init__(self, copies: list[ExpertLayer], weights: np.ndarray):
+        super().__init__()
+        self.copies, self._weights = copies, mx.array(weights)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        outputs = mx.stack([copy(x, indices) for copy in self.copies])
+        return (outputs * self._weights[:, indices][..., None]).sum(axis=0)
+
+
+def written_out(folder: Path, levels: Any) -> Loaded:
+    """The model with dense float32 copies W_hat R at these levels, [layer][expert][projection], and no rotation."""
+    loaded = open_model(folder)
+    modules, replaced = expert_layers(loaded.model), []
+    plans = json.loads((folder / "plan.json").read_text())["layers"]
+    for layer, of_layer, raw in zip(load_plan(folder).layers, levels, plans, strict=True):
+        rules = [raw["rotations"], *raw["replicas"][0]]
+        copies = []
+        for c, (inputs, hidden) in enumerate(rules):
+            linears = {}
+            for p, shape in enumerate(layer.projections[:3]):
+                name, seed, _ = hidden if p == 2 else inputs
+                turn = dense(plain_rotation(name, shape.columns, seed))
+                linears[shape.name] = SwitchLinear(shape.columns, shape.rows, len(of_layer), bias=False)
+                linears[shape.name].weight = mx.array(
+                    np.stack([matrix(folder, layer, e, 3 * c + p, of_layer) @ turn for e in range(len(of_layer))])
+                )
+            copies.append(ExpertLayer(linears, modules[layer.path].activation, len(of_layer)))
+        replaced.append((layer.path, Sum(copies, np.array(raw["replicas"][1], np.float32))))
+    loaded.model.update_modules(tree_unflatten(replaced))
+    return loaded
+
+
+def matrix(folder: Path, layer: LayerPlan, expert: int, projection: int, levels: Any) -> np.ndarray:
+    shape, level = layer.projections[projection], levels[expert][projection]
+    return stored_matrix(folder, layer, expert, projection, level) if level else np.zeros((shape.rows, shape.columns))
+
+
+def logits(loaded: Loaded, tokens: mx.array = PROMPT) -> np.ndarray:
+    return np.array(loaded.model(tokens).astype(mx.float32))
+
+
+def close(found: np.ndarray, expected: np.ndarray) -> None:
+    """float32 products of the same values in another order."""
+    np.testing.assert_allclose(found, expected, atol=2e-4 * float(np.abs(expected).max()))
+
+
+def written_levels(folder: Path) -> list[list[tuple[int, ...]]]:
+    return [[entry.levels for entry in layer.experts] for layer in load_plan(folder).layers]
+
+
+# What is computed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_are_those_of_the_sum_written_out(name: str, folders: dict[str, Path]) -> None:
+    expected, found = written_out(folders[name], written_levels(folders[name])), open_model(folders[name])
+    for tokens in (PROMPT, PROMPT[:, :1]):  # sorted pairs and few of them
+        close(logits(found, tokens), logits(expected, tokens))
+
+
+def test_logits_of_reduced_levels(folders: dict[str, Path]) -> None:
+    prepared = prepare(folders["pairs"], RuntimeConfig(context=64))
+    memory = (smallest_memory(prepared) + full_memory(prepared)) // 2
+    loaded = open_model(folders["pairs"], RuntimeConfig(memory, 64))
+    assert loaded.report.mode == "elastic"
+    assert loaded.elastic is not None
+    levels = loaded.elastic.residency.levels
+    assert levels != written_levels(folders["pairs"])
+    close(logits(loaded), logits(written_out(folders["pairs"], levels)))
+    loaded.elastic.resize(loaded.elastic.full)
+    assert (logits(loaded) == logits(open_model(folders["pairs"]))).all()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_streamed_is_resident_to_the_last_bit(name: str, folders: dict[str, Path]) -> None:
+    config = RuntimeConfig(None, 64, threads=2, direct=False)
+    prepared = prepare(folders[name], config)
+    memory = prepared.streaming(0).least_memory
+    streamed, resident = (
+        loading._open_streamed(prepared, memory, replace(config, memory=memory)),
+        open_model(folders[name]),
+    )
+    for tokens in (PROMPT, PROMPT[:, :1], PROMPT[:, :3]):
+        assert (logits(streamed, tokens) == logits(resident, tokens)).all()
+    assert streamed.experts is not None
+    sizes = [size for layer in streamed.experts.layers for size in layer.sizes]
+    assert len(set(sizes)) > 1  # copies take memory
+    streamed.experts.close()
+
+
+def test_exchanges_of_levels_leave_copies_alone(folders: dict[str, Path]) -> None:
+    prepared = prepare(folders["pairs"], RuntimeConfig(context=64))
+    memory = (smallest_memory(prepared) + full_memory(prepared)) // 2
+    loaded = open_model(folders["pairs"], RuntimeConfig(memory, 64, adapt=True))
+    assert loaded.elastic is not None
+    for start in range(4):
+        logits(loaded, PROMPT[:, start : start + 8])
+        loaded.elastic.adapt()
+    assert loaded.elastic.swaps
+    close(logits(loaded), logits(written_out(folders["pairs"], loaded.elastic.residency.levels)))
+
+
+def test_the_kernels_are_left_out(folders: dict[str, Path]) -> None:
+    loaded = open_model(folders["pairs"], RuntimeConfig(kernels=ReferenceKernels()))
+    assert "the kernels lack this file's rotations or copies" in loaded.report.products
+    assert (logits(loaded) == logits(open_model(folders["pairs"]))).all()
+
+
+# Bytes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_bytes_are_counted_exactly(name: str, folders: dict[str, Path]) -> None:
+    folder, plan = folders[name], load_plan(folders[name])
+    assert 0.95 * 8 <= 8 * folder_nbytes(folder) / plan.num_parameters <= 8  # records come in steps of a page
+    for layer in plan.layers:
+        tensors = read_header(folder / layer.file)
+        assert {n: info.nbytes for n, info in tensors.items()} == {n: b for _, _, n, b in layer_records(layer)}
+    prepared = prepare(folder, RuntimeConfig(context=64))
+    more = prepared.nbytes_trunk - sum(array.nbytes for array in named_arrays(prepared.model.parameters()).values())
+    copies = 1 + int(SPECS[name][-1] == "3") + 1
+    assert more == 2 * 4 * copies * (64 + 64 + 6) == sum(copies_nbytes(layer, mx.float32) for layer in plan.layers)
+
+
+def test_a_dry_run_tells_the_bytes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--bpw", "8", *ROTATION, "--replicas", "adaptive", "--json"]
+    assert convert(source, tmp_path / "out", *arguments, "--dry-run") == 0
+    foretold = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert convert(source, tmp_path / "out", *arguments) == 0
+    written = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert foretold["bytes"] == written["bytes"] == folder_nbytes(tmp_path / "out")
+    # What is foretold takes further copies to be as good as the first, which alone was measured
+    assert foretold["expected_loss"] == pytest.approx(written["expected_loss"], rel=0.03)
+
+
+def test_an_expert_and_its_copies_have_one_level_and_are_read_together(folders: dict[str, Path]) -> None:
+    copies = set()
+    for layer in load_plan(folders["threes"]).layers:
+        assert sum(any(entry.levels[3:]) for entry in layer.experts) == 3  # half of six
+        for entry in layer.experts:
+            present = [entry.levels[i : i + 3] for i in (0, 3, 6) if entry.levels[i]]
+            assert len(set(present)) == 1
+            copies.add(len(present))
+    assert copies == {1, 3}
+
+
+# Converting -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_outputs_count(source: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    """By variance: in inverse proportion to the errors, summing to 1. The mean: 1/copies. 0 where there is no copy."""
+    for layer in load_plan(folders["pairs"]).layers:
+        assert layer.replicas is not None
+        for entry, weights in zip(layer.experts, zip(*layer.replicas.weights, strict=True), strict=True):
+            errors = np.array([sum(e[-1] for e in entry.errors[i : i + 3]) for i in (0, 3) if entry.levels[i]])
+            np.testing.assert_allclose(weights, [*(1 / errors / (1 / errors).sum()), 0][:2], atol=1e-3)
+    assert convert(source, tmp_path / "out", "--bpw", "8", *ROTATION, "--replicas", "sensitivity:1:3") == 0
+    for layer in load_plan(tmp_path / "out").layers:
+        assert layer.replicas is not None
+        assert set(np.array(layer.replicas.weights).flat) == {0.3333}
+
+
+@pytest.mark.parametrize("combine", ["mean", "learned"])
+def test_by_calibration_text(combine: str, source: Path, tmp_path: Path) -> None:
+    arguments = ["--calibration", str(write_text(tmp_path / "text.txt")), "--calibration-tokens", "512"]
+    arguments += ["--expert-bits", "2", *ROTATION, "--replicas", "sensitivity:0.5", "--combine", combine]
+    assert convert(source, tmp_path / "out", "--bpw", "8", *arguments) == 0
+    close(logits(open_model(tmp_path / "out")), logits(written_out(tmp_path / "out", written_levels(tmp_path / "out"))))
+    for layer in load_plan(tmp_path / "out").layers:
+        assert layer.replicas is not None
+        sums = np.array(layer.replicas.weights).sum(axis=0)
+        single = [not any(entry.levels[3:]) for entry in layer.experts]
+        assert (sums[single] == 1).all()
+        assert (np.abs(sums - 1).max() < 1e-3) == (combine == "mean")
+
+
+def test_a_stopped_conversion_goes_on(source: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    arguments = [
+        "--bpw",
+        "8",
+        "--expert-bits",
+        "2,3,4",
+        *ROTATION,
+        "--combine",
+        "variance",
+        "--replicas",
+        SPECS["pairs"],
+    ]
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxmoe.convert.job.write_shard", stop)  # behind the experts
+        assert convert(source, tmp_path / "out", *arguments) == 130
+    assert convert(source, tmp_path / "out", *arguments, "--resume") == 0
+    assert snapshot(tmp_path / "out") == snapshot(folders["pairs"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--replicas", "sensitivity"], "needs rotations of which there are many, and none is none"),
+        (["--replicas", "sensitivity", "--rotation", "hadamard"], "and hadamard is none"),
+        (["--replicas", "often", *ROTATION], "--replicas often:0.3:2 is not understood"),
+        (["--replicas", "random:x", *ROTATION], "--replicas 'random:x' is not understood"),
+        (["--replicas", "random:2", *ROTATION], "--replicas random:2:2 is not understood"),
+        (["--replicas", "random:0.3:9", *ROTATION], "--replicas random:0.3:9 is not understood"),
+        (["--replicas", "random", "--combine", "learned", *ROTATION], "--combine learned goes by text"),
+    ],
+)
+def test_refused_before_any_work(
+    arguments: list[str], words: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, tmp_path / "out", "--bpw", "8", *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_with_biases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_architecture(tmp_path / "source", "gpt_oss", intermediate_size=64, moe_intermediate_size=64)
+    assert convert(source, tmp_path / "out", "--bpw", "9", *ROTATION, "--replicas", "random") == 2
+    assert "have biases" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "into"),
+    [
+        (r'"replicas":\[\[', '"replicas":[[],['),
+        (r'"gate_proj_2",64,64', '"gate_proj_2",64,128'),
+        (r'"down_proj_2",', '"down_proj_2",96,'),
+        (r"\[(\d),\1,\1,\1,\1,\1\]", r"[\1,\1,\1,\1,0,\1]"),
+    ],
+)
+def test_plans_that_do_not_fit_together(change: str, into: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["pairs"], tmp_path / "copy")
+    text, count = re.subn(change, into, (folder / "plan.json").read_text(), count=1)
+    assert count == 1
+    with pytest.raises(UserError, match="is damaged"):
+        Plan.loads(text)
