@@ -402,8 +402,7 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings of settings under dotted names, so that what differs can be named."""
     result: dict[str, Any] = {}
     for key, value in settings.items():
-        nested = isinstance(value, dict) and value
-        result |= flattened(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        result |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return result
 
 

@@ -731,7 +731,8 @@ def weighted_outputs(
     """x [T, D], experts and router weights [T, A] -> the layer's routed output [T, D]."""
     if phase_of(experts.size, banks.gate.num_experts) == PREFILL or banks.decode is not None:
         return weighted_sum(expert_outputs(kernels, banks, x, experts), weights)
-    return kernels.expert_down(hidden_values(kernels, banks, x, experts), experts, weights, banks.down)
+    hidden = hidden_values(kernels, banks, x, experts)
+    return kernels.expert_down(hidden, experts, weights, banks.down)
 
 
 def weighted_sum(outputs: mx.array, weights: mx.array) -> mx.array:

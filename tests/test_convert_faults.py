@@ -602,7 +602,7 @@ def test_restart_with_nothing_there(source: Path, tmp_path: Path, reference: dic
         (["--size", "600kB"], "other bpw and target_nbytes"),
         (["--bpw", "5", "--group-size", "64"], "other group_size"),
         (["--bpw", "5", "--expert-bits", "2,3,4"], "other expert_levels"),
-        (["--bpw", "5", "--bits", "head=8"], "other rules"),
+        (["--bpw", "5", "--bits", "head=8"], "other rules.head"),
         (["--bpw", "5", "--seed", "3"], "other seed"),
     ],
 )
