@@ -25,7 +25,7 @@ help:
 	@echo 'make clean              remove .venv and all that was built'
 
 chat: .venv/installed
-	@$(BIN)/python -m mlxmoe.cli chat $(ONCE)
+	@$(BIN)/python -m mlxmoe chat $(ONCE)
 
 test: .venv/installed-dev clang
 	@$(BIN)/ruff check .

@@ -169,19 +169,21 @@ class _Windows:
     """Windows of tokens that note when batches of them are asked for."""
 
     def __init__(self, tokens: mx.array):
-        self._tokens, self._times = tokens, list[float]()
+        self._tokens, self._times, self._sizes = tokens, list[float](), list[int]()
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def __getitem__(self, rows: slice) -> mx.array:
         self._times.append(time.perf_counter())
-        return self._tokens[rows]
+        batch = self._tokens[rows]
+        self._sizes.append(len(batch))
+        return batch
 
     def seconds(self) -> float:
-        """Of all batches, by the mean of all but the last, whose end nothing marks; nan for one batch."""
-        steps = len(self._times) - 1
-        return (self._times[-1] - self._times[0]) * (steps + 1) / steps if steps else float("nan")
+        """Of all windows, by those of all batches but the last, whose end nothing marks; nan for one batch."""
+        done = sum(self._sizes[:-1])
+        return (self._times[-1] - self._times[0]) * sum(self._sizes) / done if done else float("nan")
 
 
 def _cast(model: nn.Module, dtype: Callable[[str], mx.Dtype]) -> None:

@@ -141,7 +141,3 @@ def _show(debug: bool, message: str, hint: str) -> None:
     if debug:
         traceback.print_exc()
     print(f"mlxmoe: error: {message}\nhint: {hint}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

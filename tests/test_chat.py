@@ -356,7 +356,7 @@ EDITOR_READY = r"\x1b\[\?2004h.*>"  # it asks for bracketed paste, then shows it
 @pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
 def test_on_a_terminal(tiny_model: Path, tmp_path: Path) -> None:
     environment = {"TERM": "xterm", "XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "1"}
-    argv = ["-m", "mlxmoe.cli", "chat", str(tiny_model), "--seed", "1", "--ignore-eos"]
+    argv = ["-m", "mlxmoe", "chat", str(tiny_model), "--seed", "1", "--ignore-eos"]
     child = pexpect.spawn(
         sys.executable, argv, env={**os.environ, **environment}, dimensions=(40, 120), timeout=30, encoding="utf-8"
     )

@@ -163,7 +163,7 @@ def test_a_reader_that_leaves(lines: int, unbuffered: str) -> None:
 
 
 def test_stdout_is_closed() -> None:
-    script = '"$0" -m mlxmoe.cli --version >&-'
+    script = '"$0" -m mlxmoe --version >&-'
     done = subprocess.run(["sh", "-c", script, sys.executable], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, f"mlxmoe {mlxmoe.__version__}\n")  # argparse's second choice
 
@@ -257,7 +257,7 @@ def test_no_such_folder(command: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_no_such_folder_as_a_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlxmoe.cli", *no_such_folder("generate", tmp_path)]
+    command = [sys.executable, "-m", "mlxmoe", *no_such_folder("generate", tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 2
     check_no_such_folder(done.stdout, done.stderr, tmp_path)

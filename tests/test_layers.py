@@ -34,6 +34,7 @@ PACKAGE_LAYERS = [
     ["replay"],
     ["explain"],
     ["cli"],
+    ["__main__"],
 ]
 CONVERT_LAYERS = [
     ["calibrate", "selftext", "quantize", "gptq"],

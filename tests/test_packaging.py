@@ -196,7 +196,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_arrives_as_it_was_written(checkout: Path, prompt: str) -> None:
-    expected = f"<-m><mlxmoe.cli><chat><--prompt={prompt}>"
+    expected = f"<-m><mlxmoe><chat><--prompt={prompt}>"
     assert make(checkout, "chat", f"PROMPT={prompt}").stdout == expected
     assert make(checkout, "chat", PROMPT=prompt).stdout == expected
 
@@ -209,13 +209,13 @@ def test_a_prompt_is_not_run(checkout: Path) -> None:
 
 def test_without_a_prompt(checkout: Path) -> None:
     done = make(checkout, "chat")
-    assert (done.stdout, done.stderr) == ("<-m><mlxmoe.cli><chat>", "")
+    assert (done.stdout, done.stderr) == ("<-m><mlxmoe><chat>", "")
 
 
 def test_set_up_again_only_when_the_requirements_change(checkout: Path) -> None:
     os.utime(checkout / "pyproject.toml", (2e9, 2e9))
     done = make(checkout, "chat")
-    assert done.stdout == "<-m><mlxmoe.cli><chat>"  # what pip says goes to stderr
+    assert done.stdout == "<-m><mlxmoe><chat>"  # what pip says goes to stderr
     assert "<pip>" in done.stderr
     assert "<--editable><.>" in done.stderr
 
