@@ -26,6 +26,7 @@ from mlxmoe.convert.config import (
     Allocation,
     ConvertConfig,
     Replication,
+    default_polish,
     parse_replicas,
     parse_rule,
     parse_sensitivity,
@@ -111,9 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "divergence that they cause on further calibration text (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--polish", choices=POLISHES, default=ConvertConfig.polish,
+        "--polish", choices=POLISHES,
         help="what refines scales after the codes: factors, one for every expert; layer, all scales by the outputs of each "
-        "layer; model, all scales by the predictions, with the whole model in memory (default: %(default)s)",
+        "layer; model, all scales by the predictions, with the whole model in memory (default: layer with --calibration, "
+        "none without it, with --nested or with --replicas)",
     )  # fmt: skip
     parser.add_argument(
         "--router", choices=ROUTERS, default=ConvertConfig.router,
@@ -157,6 +159,7 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
             mu=args.nested,
             predecessors=args.predecessors == "quantized",
         )
+    replicas = parse_replicas(args.replicas, args.combine) if args.replicas is not None else None
     return ConvertConfig(
         target_nbytes=parse_size(args.size) if args.size else None,
         bpw=args.bpw,
@@ -165,8 +168,8 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         rules=dict(parse_rule(text) for text in args.bits),
         seed=args.seed,
         rotation=args.rotation,
-        replicas=parse_replicas(args.replicas, args.combine) if args.replicas is not None else None,
-        polish=args.polish,
+        replicas=replicas,
+        polish=default_polish(calibration, replicas) if args.polish is None else args.polish,
         router=args.router,
         calibration=calibration,
         allocation=Allocation(args.allocation, *parse_sensitivity(args.sensitivity), args.refine),

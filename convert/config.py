@@ -174,6 +174,11 @@ class ConvertConfig:
         return {name: value for name, value in settings.items() if value is not None}
 
 
+def default_polish(calibration: Calibration | None, replicas: Replication | None) -> str:
+    """`layer` wherever it can be done; the windows that it holds back see to it that it does no harm."""
+    return "layer" if calibration is not None and calibration.mu == 0 and replicas is None else "none"
+
+
 def parse_rule(text: str) -> tuple[str, Rule]:
     """`attention=8` or `embedding=4-6` -> class and lowest, highest bits. Raises UserError."""
     name, _, bits = text.partition("=")

@@ -37,6 +37,7 @@ RATE = 0.006  # of Adam, in shares of a scale
 HELD_BACK = 8  # every so many windows one is kept for the choice of the epoch
 RIDGE = 0.01  # towards a factor of 1, in shares of an expert's own curvature
 LEAST_STEPS = 8  # of an epoch, where there are as many windows
+MOST_TOKENS = 131072  # scales are few: further text would take time and tell them little
 _STEP_TOKENS = 2048
 _DECAY, _SQUARE_DECAY = 0.9, 0.98  # of Adam's means: few steps, so both are short
 _EVEN_TOKENS = 0.5  # of the mean weight, added to every token's
@@ -182,10 +183,11 @@ class Share(NamedTuple):
 
 
 def share_windows(windows: int, tokens: int) -> Share | None:
-    """Windows of so many tokens each, every HELD_BACK-th held back, in steps of at most
+    """The first MOST_TOKENS of windows of so many tokens each, every HELD_BACK-th held back, in steps of at most
     _STEP_TOKENS; None for fewer than two windows."""
     if windows < 2:
         return None
+    windows = max(2, min(windows, MOST_TOKENS // tokens))
     held = np.arange(windows) % HELD_BACK == min(HELD_BACK, windows) - 1
     each = max(1, min(_STEP_TOKENS // tokens, windows // LEAST_STEPS))
 

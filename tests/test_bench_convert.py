@@ -195,11 +195,11 @@ def test_what_mlx_lm_does_not_do_is_said(source: Path, tmp_path: Path, tokens: s
 def test_the_pass_over_the_text_is_timed_by_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 13.0, 15.0])
     monkeypatch.setattr(stock.time, "perf_counter", lambda: next(times))
-    windows = stock._Windows(mx.zeros((3, 4), mx.int32))
-    assert len(windows) == 3
-    parts = [windows[i : i + 1] for i in range(3)]
-    assert parts[0].shape == (1, 4)
-    assert windows.seconds() == pytest.approx(7.5)  # two batches took 5, the third counts like them
+    windows = stock._Windows(mx.zeros((5, 4), mx.int32))
+    assert len(windows) == 5
+    parts = [windows[i : i + 2] for i in (0, 2, 4)]
+    assert [part.shape for part in parts] == [(2, 4), (2, 4), (1, 4)]
+    assert windows.seconds() == pytest.approx(6.25)  # four windows took 5, the last one counts like one of them
 
 
 # float32 products of the same numbers in another order
@@ -276,10 +276,10 @@ def test_synthetic_checkpoint(
 def test_a_calibrated_conversion_is_taken_apart(source: Path, text: Path, tmp_path: Path) -> None:
     """Every stage is found in the profile of a real conversion, and together they are most of it."""
     arguments = ["convert", str(source), str(tmp_path / "out"), "--bpw", "8"]
-    stages = convert.profiled([*arguments, "--calibration", str(text), "--calibration-tokens", "512"])
-    assert list(stages) == ["forward", "backward", "codes", "all"]
+    stages = convert.profiled([*arguments, "--calibration", str(text), "--calibration-tokens", "1024"])
+    assert list(stages) == ["forward", "backward", "codes", "polish", "all"]
     assert min(stages.values()) > 0
-    parts = stages["forward"] + stages["backward"] + stages["codes"]
+    parts = sum(seconds for name, seconds in stages.items() if name != "all")
     assert 0.5 * stages["all"] < parts < stages["all"]
 
 
@@ -294,7 +294,7 @@ def test_calibrated_subjects(
         asked.append((function.__qualname__, arguments))
         if function is convert.profiled:
             Path(arguments[0][2]).mkdir()
-            return Ran({"forward": 2.0, "backward": 4.0, "codes": 8.0, "all": 20.0}, 1.0, 1)
+            return Ran({"forward": 2.0, "backward": 4.0, "codes": 8.0, "polish": 0.0, "all": 20.0}, 1.0, 1)
         if function is nothing:
             return Ran(None, 0.0, 50 << 20)
         output = Path(arguments[0][2] if function is main else arguments[2])
@@ -320,6 +320,7 @@ def test_calibrated_subjects(
     stages = result["subjects"]["mlxmoe convert --calibration"]["stages"]
     assert stages["forward_tokens_per_second"] == 512
     assert stages["backward_tokens_per_second"] == 256
+    assert "polish_tokens_per_second" not in stages  # one window
     assert stages["coded_weights_per_second"] == round(weights / 8)
     theirs = result["subjects"]["mlx_lm.gptq"]["stages"]
     assert theirs == {"forward_tokens_per_second": 4096, "coded_weights_per_second": round(weights / 4.25)}

@@ -68,7 +68,7 @@ def stretch(walk: Walk, *arguments: Any) -> Outcome:
 
 
 ASKED = {
-    "none": [],
+    "none": ["--polish", "none"],
     "factors": ["--polish", "factors"],
     "layer": ["--polish", "layer", "--router", "temperature"],
     "model": ["--polish", "model", "--router", "topk-mse"],

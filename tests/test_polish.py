@@ -13,6 +13,7 @@ from toy_checkpoints import write_qwen3
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.polish import (
     HELD_BACK,
+    MOST_TOKENS,
     Descent,
     Metric,
     Normal,
@@ -127,6 +128,9 @@ def test_windows_are_shared_once() -> None:
     assert few is not None
     assert [list(s) for s in (*few.steps, *few.held_back)] == [[0], [1]]
     assert share_windows(1, 512) is None
+    most = share_windows(1000, 512)
+    assert most is not None
+    assert sum(map(len, (*most.steps, *most.held_back))) * 512 == MOST_TOKENS
 
 
 def regression(seed: int = 0) -> tuple[Stored, np.ndarray, np.ndarray]:
