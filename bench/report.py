@@ -26,8 +26,8 @@ from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.convert.activations import kinds
 from mlxmoe.convert.compare import ExpertErrors, LayerChange, compare
 from mlxmoe.convert.domains import Windows, read_domains
-from mlxmoe.convert.passes import read_tokenizer
 from mlxmoe.convert.stream import LayerStream
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.written import open_weights
 from mlxmoe.errors import UserError

@@ -44,12 +44,12 @@ from mlxmoe.convert.calibrated import measure_experts
 from mlxmoe.convert.changes import Change, divergences, num_steps
 from mlxmoe.convert.config import MIX_SHARES
 from mlxmoe.convert.measure import ExpertErrors, ExpertScores
-from mlxmoe.convert.passes import read_tokenizer
 from mlxmoe.convert.scores import Observed, Scoring, observe
 from mlxmoe.convert.sensitivity import importance, mixed
 from mlxmoe.convert.source import Source
 from mlxmoe.convert.stats import Accumulator, Moments
 from mlxmoe.convert.stream import LayerStream, Record
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.convert.walk import Walk
 from mlxmoe.errors import UserError
 from mlxmoe.formats import LEVELS

@@ -40,9 +40,9 @@ from mlxmoe.convert.activations import (
     super_experts,
 )
 from mlxmoe.convert.domains import Windows, choose_windows, read_domains
-from mlxmoe.convert.passes import read_tokenizer
 from mlxmoe.convert.replicas import CONCENTRATED
 from mlxmoe.convert.stream import LayerStream
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.written import open_weights
 from mlxmoe.errors import UserError

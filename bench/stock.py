@@ -34,7 +34,7 @@ from mlx_lm.utils import load, quantize_model, save
 
 from mlxmoe.checkpoint import Checkpoint
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, read_documents
-from mlxmoe.convert.passes import read_tokenizer
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.errors import UserError
 from mlxmoe.models import named_arrays
 

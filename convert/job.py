@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from mlxmoe import __version__
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint, side_files
 from mlxmoe.convert.allocate import Allocator, Decision, output_config, shard_name, trunk_formats, trunk_shards
 from mlxmoe.convert.config import ConvertConfig
+from mlxmoe.convert.layers import Layers, open_layers
 from mlxmoe.convert.measure import (
     ExpertErrors,
     Progress,
@@ -40,12 +42,13 @@ from mlxmoe.convert.measure import (
     measure_trunk,
     unmeasured,
 )
-from mlxmoe.convert.passes import Passes, read_tokenizer
+from mlxmoe.convert.passes import changed_routers, check_options, coded_tensor, measure, write
 from mlxmoe.convert.quantize import Affine
 from mlxmoe.convert.refine import Losses, fresh_tokens, refine
 from mlxmoe.convert.replicas import output_weights
 from mlxmoe.convert.rotate import Rotated, check_rotation, unsampled_rotation
 from mlxmoe.convert.source import Source, TrunkTensor
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.convert.write import (
     Packed,
     load_rotations,
@@ -94,7 +97,7 @@ class Job:
         self._allocator(unmeasured(self.source, self.config)).check_size()
         if self.config.calibration is not None:
             with tempfile.TemporaryDirectory(prefix="mlxmoe-calibrate-") as folder:
-                decision = self._decide_calibrated(self._passes(Path(folder)))
+                decision = self._decide_calibrated(self._layers(Path(folder)))
         else:
             with self._progress(passes=1) as progress:
                 decision = self._allocator(self._measure(progress, keep=False)).decide()
@@ -146,39 +149,40 @@ class Job:
     def _convert_calibrated(self) -> tuple[Decision, Plan]:
         """By the errors of the outputs on calibration text."""
         with self._cleared_if_damaged():
-            passes = self._passes(self.state)
-            decision = self._decide_calibrated(passes)
+            layers = self._layers(self.state)
+            decision = self._decide_calibrated(layers)
         self._check_space(decision.nbytes)
         plan = self._keep_plan(decision.plan)
-        passes.write(
+        notes = write(
+            layers,
             plan,
             lambda layer, experts: self._write_layer(layer, experts, lambda weights: None),
             lambda file: self._done(file) is not None,
         )
-        decision = decision._replace(notes=[*decision.notes, *passes.notes])
+        decision = decision._replace(notes=[*decision.notes, *notes])
         with self._progress(passes=1) as progress:
-            return decision, self._finish(plan, self.source.tensors() | passes.routers(), progress, passes.coded)
+            tensors = self.source.tensors() | changed_routers(layers)
+            return decision, self._finish(plan, tensors, progress, partial(coded_tensor, layers))
 
-    def _passes(self, folder: Path) -> Passes:
-        return Passes(self.source, self.config, read_tokenizer(self.checkpoint), folder, self._quiet)
+    def _layers(self, folder: Path) -> Layers:
+        layers = open_layers(self.source, self.config, read_tokenizer(self.checkpoint), folder, self._quiet)
+        check_options(layers)
+        return layers
 
-    def _decide_calibrated(self, passes: Passes) -> Decision:
-        measured = passes.measure()
+    def _decide_calibrated(self, layers: Layers) -> Decision:
+        measured = measure(layers)
         losses, notes = Losses(measured.experts, measured.trunk), list(measured.notes)
         decision = self._allocator(losses).decide()
         for n in range(self.config.allocation.refine):
-            tokens = self._fresh_tokens(passes)
-            file = passes.walk.folder / f"refined-{n}.npz"
-            losses, note = refine(passes, losses, decision.plan, self.config.expert_levels, tokens, file, self._quiet)
+            tokens = self._fresh_tokens(layers)
+            losses, note = refine(layers, losses, decision.plan, tokens, layers.walk.folder / f"refined-{n}.npz")
             decision = self._allocator(losses).decide()
             notes.append(f"refinement {n + 1}: {note}")
         return decision._replace(notes=[*notes, *decision.notes])
 
-    def _fresh_tokens(self, passes: Passes) -> np.ndarray:
-        assert self.config.calibration is not None
-        return fresh_tokens(
-            self.config.calibration, read_tokenizer(self.checkpoint), self.config.seed, passes.walk.tokens
-        )
+    def _fresh_tokens(self, layers: Layers) -> np.ndarray:
+        tokenizer = read_tokenizer(self.checkpoint)
+        return fresh_tokens(layers.calibration, tokenizer, self.config.seed, layers.walk.tokens)
 
     @contextmanager
     def _cleared_if_damaged(self) -> Iterator[None]:
@@ -231,8 +235,7 @@ class Job:
 
     def _rotated(self, layer: int) -> Rotated:
         """The rotations that a layer was measured behind."""
-        (site,) = (site for site in self.source.sites if site.layer == layer)
-        return load_rotations(self.state, layer, self.source.shapes[site.path], self.config.seed)
+        return load_rotations(self.state, self.source, layer, self.config.seed)
 
     def _write_layer(self, layer: LayerPlan, experts: Iterator[list[Packed | None]], progress: Progress) -> None:
         entry, entries = write_layer(layer, experts, self._rotated(layer.layer), self.folder, progress)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, read_documents
 from mlxmoe.convert.changes import Change, divergences, num_steps
+from mlxmoe.convert.coding import coded_values
 from mlxmoe.convert.hubtext import HUB
+from mlxmoe.convert.layers import Layers
 from mlxmoe.convert.measure import ExpertErrors, TrunkErrors
-from mlxmoe.convert.passes import Passes
 from mlxmoe.convert.selftext import SELF
 from mlxmoe.convert.stream import LayerStream
 from mlxmoe.convert.walk import Walk
@@ -33,7 +33,7 @@ LIMIT = 4.0  # a quotient beyond this is noise, or an effect that scaling does n
 
 
 class Part(NamedTuple):
-    """The trunk tensors (experts False) or the experts of layer i, as in Passes.parts."""
+    """The trunk tensors (experts False) or the experts of layer i, as in Layers."""
 
     i: int
     experts: bool
@@ -54,21 +54,19 @@ class Quotient(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """What an allocation adds up (Passes.measure)."""
+    """What an allocation adds up (passes.measure)."""
 
     experts: dict[int, ExpertErrors]
     trunk: TrunkErrors
 
 
-def refine(
-    passes: Passes, losses: Losses, plan: Plan, levels: tuple[int, ...], tokens: np.ndarray, file: Path, quiet: bool
-) -> tuple[Losses, str]:
+def refine(layers: Layers, losses: Losses, plan: Plan, tokens: np.ndarray, file: Path) -> tuple[Losses, str]:
     """One round: the losses that a plan was made from, scaled to what its parts cost on tokens int32 [windows, T]; and a
     note for people. Leaves what was measured in `file`, or takes it from there."""
-    expected = expected_losses(passes, losses, plan, levels)
+    expected = expected_losses(layers, losses, plan)
     parts = list(expected)
     if not file.is_file():
-        measured = measure_parts(passes, plan, parts, tokens, quiet)
+        measured = measure_parts(layers, plan, parts, tokens)
         save_arrays(file, {"measured": np.array([measured[part] for part in parts])})
     with np.load(file) as saved:
         measured = dict(zip(parts, saved["measured"].tolist(), strict=True))
@@ -78,18 +76,19 @@ def refine(
         f"{len(parts)} parts alone cost {sum(measured.values()):.4g}, expected {sum(expected.values()):.4g}; "
         f"their losses are scaled by {min(ratios):.2f} to {max(ratios):.2f}"
     )
-    return scaled(passes, losses, quotients), note
+    return scaled(layers, losses, quotients), note
 
 
-def scaled(passes: Passes, losses: Losses, quotients: dict[Part, Quotient]) -> Losses:
+def scaled(layers: Layers, losses: Losses, quotients: dict[Part, Quotient]) -> Losses:
     """Losses with those of every part times its factor."""
     experts, trunk = dict(losses.experts), losses.trunk
     by_name: dict[str, float] = {}
-    for i, tensors, site in passes.parts():
+    for i, tensors in layers.trunk.items():
         by_name |= {tensor.name: quotients[Part(i, False)].factor for tensor in tensors}
-        if site is not None:
-            experts[site.layer] = _times(experts[site.layer], quotients[Part(i, True)].factor)
-    factors = np.array([by_name[name] for name in passes.trunk_names()])
+        if i in layers.sites:
+            number = layers.sites[i].layer
+            experts[number] = _times(experts[number], quotients[Part(i, True)].factor)
+    factors = np.array([by_name[name] for name in layers.trunk_names()])
     weights = None if trunk.weights is None else trunk.weights * factors
     return Losses(experts, TrunkErrors(trunk.norms * factors, trunk.errors * factors[:, None], weights))
 
@@ -111,36 +110,36 @@ def fresh_tokens(calibration: Calibration, tokenizer: Any, seed: int, used: np.n
     return used[-wanted:]
 
 
-def expected_losses(passes: Passes, losses: Losses, plan: Plan, levels: tuple[int, ...]) -> dict[Part, float]:
+def expected_losses(layers: Layers, losses: Losses, plan: Plan) -> dict[Part, float]:
     """Of every part that a plan quantizes, by the losses that the plan was made from."""
-    result = {}
-    for i, tensors, site in passes.parts():
+    levels, result = layers.config.expert_levels, {}
+    for i, tensors in layers.trunk.items():
         if tensors:
             entries = [plan.trunk[tensor.name] for tensor in tensors]
             result[Part(i, False)] = sum(entry.weight * entry.error for entry in entries)
-        if site is not None:
-            layer = next(layer for layer in plan.layers if layer.path == site.path)
-            columns = np.array([[levels.index(level) for level in expert.levels] for expert in layer.experts]).T
-            errors = np.take_along_axis(losses.experts[site.layer].errors, columns[..., None], 2)
+        planned = layers.planned(i, plan)
+        if planned is not None:
+            columns = np.array([[levels.index(level) for level in expert.levels] for expert in planned.experts]).T
+            errors = np.take_along_axis(losses.experts[planned.layer].errors, columns[..., None], 2)
             result[Part(i, True)] = float(errors.sum())
     return result
 
 
-def measure_parts(passes: Passes, plan: Plan, parts: list[Part], tokens: np.ndarray, quiet: bool) -> dict[Part, float]:
+def measure_parts(layers: Layers, plan: Plan, parts: list[Part], tokens: np.ndarray) -> dict[Part, float]:
     """Mean divergence on tokens int32 [windows, T] of every part coded alone. Works in a temporary folder and in that of
-    the passes."""
+    the layers."""
     coded: dict[int, dict[str, np.ndarray]] = {}  # of the layer at hand
 
     def values(part: Part, names: set[str], stream: LayerStream) -> dict[str, np.ndarray]:
         if part.i not in coded:
             coded.clear()
-            coded[part.i] = passes.coded_values(part.i, plan)
+            coded[part.i] = coded_values(layers, part.i, plan)
         return {name: value for name, value in coded[part.i].items() if (name in names) != part.experts}
 
-    trunk = {i: {tensor.name for tensor in tensors} for i, tensors, _ in passes.parts()}
+    trunk = {i: {tensor.name for tensor in tensors} for i, tensors in layers.trunk.items()}
     changes = [Change(part.i, partial(values, part, trunk[part.i])) for part in parts]
     with tempfile.TemporaryDirectory(prefix="mlxmoe-refine-") as folder:
-        walk = Walk(passes.walk.stream, tokens, Path(folder))
-        with tqdm(total=num_steps(walk, changes), unit=" steps", desc="refine", disable=quiet) as bar:
-            found = divergences(walk, changes, bar.update)
+        walk = Walk(layers.stream, tokens, Path(folder))
+        with layers.bar("refine", num_steps(walk, changes), unit="steps") as step:
+            found = divergences(walk, changes, step)
     return dict(zip(parts, found.mean(axis=(1, 2), dtype=np.float64).tolist(), strict=True))

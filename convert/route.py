@@ -17,10 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxmoe.convert.coded import CodedLayer
+from mlxmoe.convert.layers import Layers
 from mlxmoe.convert.walk import Walk
 from mlxmoe.errors import UserError
 from mlxmoe.gates import gate_scores
-from mlxmoe.models import ExpertSite
+from mlxmoe.models import ExpertSite, num_experts_per_token
 
 BIAS_SHARE = -0.5  # of the degradation
 TEMPERATURE = 1.2
@@ -120,6 +122,40 @@ def keep_inputs(walk: Walk, i: int, kind: str, router: Router, name: str) -> Non
         for rows in walk.batches():
             given = walk.stream.inputs(i, walk.batch(rows), walk.read(kind, i, rows), router.path)
             write(rows, given.reshape(*walk.tokens[rows].shape, -1))
+
+
+def check_routers(layers: Layers) -> None:
+    """Refuses what cannot be done to a router before there is any work."""
+    for site in layers.source.sites if layers.config.router != "none" else ():
+        router = router_of(layers, site)
+        if layers.config.router == "bias" and router.bias is None:
+            raise UserError(
+                f"the router {router.path} has no bias to change", "choose --router temperature, topk-mse or none"
+            )
+
+
+def router_of(layers: Layers, site: ExpertSite) -> Router:
+    path = site.path.rpartition(".")[0]
+    return find_router(path, layers.stream.module(path), site)
+
+
+def adapted_router(layers: Layers, i: int, coded: CodedLayer, kind: str) -> dict[str, np.ndarray]:
+    """float32 by name, as they are stored: what --router changes in the loaded and coded layer i. `topk-mse` removes the
+    inputs of the original's router, router-<i>."""
+    router, method, stream = router_of(layers, layers.sites[i]), layers.config.router, layers.stream
+    if method == "bias":
+        assert router.bias is not None
+        lost = [[packed.errors[-1] for packed in matrices] for matrices in zip(*coded.experts, strict=True)]
+        found = {router.bias: lowered_bias(stream.weight(router.bias), degradation(lost))}
+    elif method == "temperature":
+        found = {name: stream.weight(name) / TEMPERATURE for name in router.scaled}
+    else:
+        block = stream.module(layers.sites[i].path.rpartition(".")[0])
+        active = num_experts_per_token(layers.source.checkpoint.config)
+        found = {router.weight: fit_router(layers.walk, i, kind, router, block, active, "router")}
+        layers.walk.path("router", i).unlink()
+    dtypes = layers.dtypes
+    return {name: np.array(mx.array(v).astype(dtypes[name]).astype(mx.float32)) for name, v in found.items()}
 
 
 def _floats(stored: np.ndarray) -> np.ndarray:

@@ -43,6 +43,12 @@ class Moments(NamedTuple):
     inputs: np.ndarray | None = None
 
 
+def without_inputs(outputs: float, num_experts: int = 1) -> Moments:
+    """Of a module that has no matrix of its inputs, or saw none."""
+    nothing = np.zeros((0, 0, 0), np.float32), np.zeros((0, 0)), np.zeros(num_experts, np.int64)
+    return Moments(*nothing, outputs)
+
+
 def unseen_directions(moments: Moments, tokens: int) -> int:
     """Directions of the inputs that a text of so many tokens has nothing to say about: columns beyond their number, or
     always zero. The second moments are singular in them: only the damping of gptq.py gives an error there a cost. One
@@ -103,7 +109,7 @@ class Accumulator:
         """The sums so far. Raises UserError where they are not finite."""
         total = max(1, self._total)
         if self._moments is None or self._rows is None or self._even is None:
-            return Moments(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0)), self._counts, self._outputs / total / 2)
+            return without_inputs(self._outputs / total / 2, len(self._counts))
         if not (np.isfinite(self._moments).all() and np.isfinite(self._rows).all() and np.isfinite(self._outputs)):
             raise UserError(
                 f"the statistics of {self._path} are not finite",

@@ -57,8 +57,9 @@ def save_rotations(folder: Path, layer: int, rotated: Rotated) -> None:
     save_arrays(folder / f"rotation-{layer}.npz", rotated.arrays())
 
 
-def load_rotations(folder: Path, layer: int, shapes: Sequence[MatrixShape], seed: int) -> Rotated:
-    """What `save_rotations` has kept for a layer whose projections have these shapes."""
+def load_rotations(folder: Path, source: Source, layer: int, seed: int) -> Rotated:
+    """What `save_rotations` has kept for the layer of that number."""
+    (shapes,) = (source.shapes[site.path] for site in source.sites if site.layer == layer)
     with np.load(folder / f"rotation-{layer}.npz") as saved:
         return Rotated.from_arrays(saved, shapes, seed)
 

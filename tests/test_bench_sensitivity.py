@@ -25,9 +25,9 @@ from mlxmoe.bench.sensitivity import (
 )
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
-from mlxmoe.convert.passes import read_tokenizer
 from mlxmoe.convert.scores import Observed
 from mlxmoe.convert.stream import Record
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.errors import UserError
 
 

@@ -18,8 +18,8 @@ from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
 from mlxmoe.convert.activations import ExpertNumbers, Threshold, gather
 from mlxmoe.convert.domains import choose_windows, read_domains
-from mlxmoe.convert.passes import read_tokenizer
 from mlxmoe.convert.stream import LayerStream
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.written import open_weights
 from mlxmoe.errors import UserError

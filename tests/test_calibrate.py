@@ -29,10 +29,10 @@ from mlxmoe.cli import main
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, default_tokens, read_documents
 from mlxmoe.convert.config import ConvertConfig
 from mlxmoe.convert.job import Job
-from mlxmoe.convert.passes import read_tokenizer
 from mlxmoe.convert.selftext import OPENINGS, TAU, balanced_choice, own_text
 from mlxmoe.convert.source import Source
 from mlxmoe.convert.stats import Moments, unseen_directions
+from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, evaluate
 
@@ -378,7 +378,7 @@ def test_resume_with_other_settings(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlxmoe.convert.passes.Passes.measure", stop)
+        patched.setattr("mlxmoe.convert.job.measure", stop)
         assert convert(source, tmp_path / "out", *arguments) == 130
     assert convert(source, tmp_path / "out", *arguments, *more, "--resume") == 2
     assert f"was started with other {differs}" in capsys.readouterr().err
@@ -394,7 +394,7 @@ def test_calibration_text_that_changed_is_refused(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlxmoe.convert.passes.Passes.measure", stop)
+        patched.setattr("mlxmoe.convert.job.measure", stop)
         assert convert(source, tmp_path / "out", *arguments) == 130
     write_text(path, seed=9)
     assert convert(source, tmp_path / "out", *arguments, "--resume") == 2

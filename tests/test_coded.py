@@ -79,8 +79,8 @@ ASKED = {
 def outputs(source: Path, text: Path) -> dict[str, Path]:
     found = {}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("mlxmoe.convert.passes.polish_layer", stretch)
-        patched.setattr("mlxmoe.convert.passes.polish_model", stretch)
+        patched.setattr("mlxmoe.convert.polished.polish_layer", stretch)
+        patched.setattr("mlxmoe.convert.polished.polish_model", stretch)
         for name, more in ASKED.items():
             found[name] = source.parent / name
             assert convert(source, found[name], *CALIBRATED, str(text), *more) == 0
@@ -219,7 +219,7 @@ def test_stopped_at_every_step(
         real(old, new)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlxmoe.convert.passes.polish_model", stretch)
+        patched.setattr("mlxmoe.convert.polished.polish_model", stretch)
         patched.setattr(os, "replace", replace)
         stops = 0
         arguments = [*CALIBRATED, str(text), *ASKED["model"]]

@@ -117,7 +117,7 @@ def test_converted_by_it_and_read_once(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlxmoe.convert.passes.Passes.measure", stop)
+        patched.setattr("mlxmoe.convert.job.measure", stop)
         assert convert(source, tmp_path / "out", *given) == 130
     with np.load(tmp_path / "out.partial" / "state" / "tokens.npz") as saved:
         assert saved["tokens"].shape == (1, 512)

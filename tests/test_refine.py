@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, file_sha256, read_documents
 from mlxmoe.convert.config import ConvertConfig
 from mlxmoe.convert.job import Job
-from mlxmoe.convert.passes import read_tokenizer
+from mlxmoe.convert.passes import measure
 from mlxmoe.convert.refine import (
     LIMIT,
     Losses,
@@ -25,6 +26,7 @@ from mlxmoe.convert.refine import (
     measure_parts,
     refine,
 )
+from mlxmoe.convert.tokens import read_tokenizer
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
 WORDS = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router", "for", "every", "token")
@@ -58,31 +60,30 @@ def test_round_by_round(source: Path, text: Path, tmp_path: Path) -> None:
     config = ConvertConfig(bpw=6, calibration=calibration(text, 512), expert_levels=(2, 4))
     job = Job(source, tmp_path / "out", config, quiet=True)
     tmp_path.joinpath("state").mkdir()
-    passes = job._passes(tmp_path / "state")
-    measured = passes.measure()
+    layers = job._layers(tmp_path / "state")
+    measured = measure(layers)
     losses = Losses(measured.experts, measured.trunk)
     plan = job._allocator(losses).decide().plan
-    levels = config.expert_levels
-    expected = expected_losses(passes, losses, plan, levels)
+    expected = expected_losses(layers, losses, plan)
     assert list(expected) == [Part(-1, False), *(Part(i, e) for i in (0, 1) for e in (False, True)), Part(2, False)]
     assert sum(expected.values()) == pytest.approx(plan.expected_loss)
 
-    tokens = fresh_tokens(calibration(text, 512), read_tokenizer(job.checkpoint), 0, passes.walk.tokens)
+    tokens = fresh_tokens(calibration(text, 512), read_tokenizer(job.checkpoint), 0, layers.walk.tokens)
     file = tmp_path / "state" / "refined-0.npz"
     before = {path.name for path in file.parent.iterdir()}
-    after, note = refine(passes, losses, plan, levels, tokens, file, quiet=True)
+    after, note = refine(layers, losses, plan, tokens, file)
     assert {path.name for path in file.parent.iterdir()} == before | {file.name}
     assert f"{len(expected)} parts alone cost" in note
     with np.load(file) as saved:
         found = dict(zip(expected, saved["measured"], strict=True))
     assert min(found.values()) > 0
-    rescaled = expected_losses(passes, after, job._allocator(after).account(plan).plan, levels)
+    rescaled = expected_losses(layers, after, job._allocator(after).account(plan).plan)
     for part, value in rescaled.items():
         if part.experts:  # the plan's own entries are those of the trunk
             assert value == pytest.approx(expected[part] * Quotient(expected[part], found[part]).factor)
-    again, _ = refine(passes, losses, plan, levels, tokens, file, quiet=True)
+    again, _ = refine(layers, losses, plan, tokens, file)
     np.testing.assert_array_equal(again.trunk.errors, after.trunk.errors)
-    trunk = dict(zip(passes.trunk_names(), after.trunk.weights / losses.trunk.weights, strict=True))
+    trunk = dict(zip(layers.trunk_names(), after.trunk.weights / losses.trunk.weights, strict=True))
     head = Quotient(expected[Part(2, False)], found[Part(2, False)]).factor
     assert trunk["lm_head.weight"] == pytest.approx(head)
 
@@ -92,7 +93,7 @@ def test_every_part_is_changed_alone_and_coded_once(monkeypatch: pytest.MonkeyPa
     coded: list[int] = []
     names = {0: ["attention", "experts.up", "experts.down"], 1: ["head"]}
 
-    def coded_values(i: int, plan: Any) -> dict[str, np.ndarray]:
+    def coded_values(layers: Any, i: int, plan: Any) -> dict[str, np.ndarray]:
         coded.append(i)
         return {name: np.full(2, i) for name in names[i]}
 
@@ -101,17 +102,16 @@ def test_every_part_is_changed_alone_and_coded_once(monkeypatch: pytest.MonkeyPa
         return np.arange(12.0).reshape(3, 1, 4)
 
     changed: list[tuple[int, list[str]]] = []
-    tensors = {i: [SimpleNamespace(name=names[i][0])] for i in names}
-    stream = SimpleNamespace(layers=[None])
-    passes: Any = SimpleNamespace(
-        coded_values=coded_values,
-        parts=lambda: [(0, tensors[0], object()), (1, tensors[1], None)],
-        walk=SimpleNamespace(stream=stream),
+    layers: Any = SimpleNamespace(
+        trunk={i: [SimpleNamespace(name=names[i][0])] for i in names},
+        stream=SimpleNamespace(layers=[None]),
+        bar=lambda *_, **__: nullcontext(),
     )
+    monkeypatch.setattr("mlxmoe.convert.refine.coded_values", coded_values)
     monkeypatch.setattr("mlxmoe.convert.refine.divergences", found)
     parts = [Part(0, False), Part(0, True), Part(1, False)]
     plan: Any = None
-    assert measure_parts(passes, plan, parts, np.zeros((1, 4), np.int32), quiet=True) == dict(
+    assert measure_parts(layers, plan, parts, np.zeros((1, 4), np.int32)) == dict(
         zip(parts, (1.5, 5.5, 9.5), strict=True)
     )
     assert changed == [(0, ["attention"]), (0, ["experts.down", "experts.up"]), (1, ["head"])]
@@ -142,7 +142,7 @@ def test_goes_on_where_it_was_stopped(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlxmoe.convert.passes.Passes.write", stop)
+        patched.setattr("mlxmoe.convert.job.write", stop)
         assert convert(source, tmp_path / "out", *arguments) == 130
     capsys.readouterr()
     with monkeypatch.context() as patched:
