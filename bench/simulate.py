@@ -14,7 +14,6 @@ Shapes: E experts (1 for a shared one), C copies, N rows, K columns, G group siz
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,8 @@ from mlx.utils import tree_unflatten
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.awq import Projection, degree, scaled_columns, search_scales
-from mlxmoe.convert.calibrate import Calibration, choose_tokens, read_documents
+from mlxmoe.convert.domains import Windows, read_domains
+from mlxmoe.convert.domains import choose_windows as choose_by_domain
 from mlxmoe.convert.gptq import curvature, decoded, output_errors, quantize, symmetric_code
 from mlxmoe.convert.quantize import WIDTHS, affine_search, clip_search, output_clip_search
 from mlxmoe.convert.replicas import (
@@ -363,36 +363,6 @@ class _Watcher(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Windows(NamedTuple):
-    """Calibration text: tokens int32 [windows, window], and the domain of each window as a number."""
-
-    tokens: np.ndarray
-    domains: np.ndarray
-
-
-def read_windows(path: str | Path, tokenizer: Any, max_tokens: int, window: int = 256) -> Windows:
-    """The same number of tokens of every domain (the key `domain` of a .jsonl line; without it all is one domain).
-
-    Raises UserError for text that cannot be read or is too short.
-    """
-    documents = read_documents(path, tokenizer)
-    by_domain: dict[str, list[str]] = {}
-    for document, domain in zip(documents, _domains(Path(path), len(documents)), strict=True):
-        by_domain.setdefault(domain, []).append(document)
-    share = Calibration(str(path), tokens=max(window, max_tokens // len(by_domain)), window=window)
-    parts = [choose_tokens(texts, tokenizer, share, seed=0) for _, texts in sorted(by_domain.items())]
-    return Windows(np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
-
-
-def _domains(path: Path, count: int) -> list[str]:
-    """The domain of each document that `read_documents` returns; "" where the file does not say."""
-    if path.suffix != ".jsonl":
-        return [""] * count
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    named = [str(row.get("domain", "")) for row in rows if str(row.get("text", row.get("messages", ""))).strip()]
-    return named if len(named) == count else [""] * count
-
-
 def gather_statistics(source: Source, sites: Sequence[Site], windows: Windows) -> dict[str, Statistics]:
     """Forward and backward over the original model, layer by layer, hidden states in memory; by path of the site.
 
@@ -402,7 +372,7 @@ def gather_statistics(source: Source, sites: Sequence[Site], windows: Windows) -
     rows = max(1, _BATCH_TOKENS // windows.tokens.shape[1])
     starts = range(0, len(windows.tokens), rows)
     batches = [mx.array(windows.tokens[i : i + rows]) for i in starts]
-    domains = [np.repeat(windows.domains[i : i + rows], windows.tokens.shape[1]) for i in starts]
+    domains = [np.repeat(windows.domain[i : i + rows], windows.tokens.shape[1]) for i in starts]
     hidden = [[stream.embed(batch) for batch in batches]]
     for i in range(len(stream.layers)):
         with stream.loaded(i):
@@ -515,7 +485,8 @@ class Simulation:
         self._texts, self._config = list(texts), EvalConfig(max_tokens, window)
         self.source = Source(open_checkpoint(checkpoint), 128)
         self.sites = expert_sites_of(self.source)
-        windows = read_windows(calibration, self.loaded.tokenizer, calibration_tokens, window)
+        tokenizer = self.loaded.tokenizer
+        windows = choose_by_domain(read_domains([calibration], tokenizer), tokenizer, calibration_tokens, window)
         self.statistics = gather_statistics(self.source, self.sites, windows)
         self._modules: dict[str, Any] = dict(self.loaded.model.named_modules())
         self._rotations: dict[_RotationKey, Rotation] = {}

@@ -50,7 +50,7 @@ def choose_windows(domains: dict[str, list[str]], tokenizer: Any, max_tokens: in
     settings that make no sense and for a domain of less than a window.
     """
     if max_tokens < 1 or window < 2:
-        raise UserError(f"{max_tokens} tokens in windows of {window} are no text", "--max-tokens 16384 is the default")
+        raise UserError(f"{max_tokens} tokens in windows of {window} are no text", "give some, in windows of 2 or more")
     share = max(window, max_tokens // len(domains))
     try:
         parts = [

@@ -24,7 +24,6 @@ from mlxmoe.bench.simulate import (
     coded_stack,
     grid,
     matrix_nbytes,
-    read_windows,
     round_to_grid,
 )
 from mlxmoe.convert.replicas import Selector
@@ -177,15 +176,6 @@ def test_a_selector_takes_one_copy_by_the_size_of_the_input() -> None:
 
 
 # -- a model ----------------------------------------------------------------------------------------------------------
-
-
-def test_windows_are_shared_by_domains(tmp_path: Path, simulation: Simulation) -> None:
-    windows = read_windows(write_text(tmp_path), simulation.loaded.tokenizer, 256, window=32)
-    assert windows.tokens.shape == (8, 32)
-    np.testing.assert_array_equal(windows.domains, [0, 0, 0, 0, 1, 1, 1, 1])
-    plain = tmp_path / "plain.txt"
-    plain.write_text("no domains here. " * 40)
-    assert set(read_windows(plain, simulation.loaded.tokenizer, 64, window=32).domains) == {0}
 
 
 def test_statistics_are_of_the_routing(simulation: Simulation) -> None:
