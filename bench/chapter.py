@@ -25,6 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlxmoe.arguments import note, print_json
+from mlxmoe.bench.arguments import add_study_arguments
 from mlxmoe.bench.simulate import COMBINATIONS, Recipe, Score, Simulation, Site, Variant, agreement, progressing
 from mlxmoe.cli import main
 from mlxmoe.convert.calibrate import file_sha256
@@ -798,9 +799,7 @@ def claim_lines(claims: Sequence[Claim]) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="an unconverted checkpoint")
-    parser.add_argument("--text", nargs="+", required=True, metavar="F", help="text to score, as for mlxmoe eval")
-    parser.add_argument("--calibration", required=True, metavar="F", help="text for statistics, as for mlxmoe convert")
+    add_study_arguments(parser)
     parser.add_argument(
         "--tables", default=",".join(TABLES), metavar="A,B", help="tables to make (default: %(default)s)"
     )
@@ -815,7 +814,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few tokens, to see that it runs (default: off)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the Markdown there (default: stdout)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
 def chapter(simulation: Simulation, names: Sequence[str]) -> Iterator[Table]:

@@ -37,6 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlxmoe.arguments import print_json
+from mlxmoe.bench.arguments import add_size_arguments, add_study_arguments
 from mlxmoe.bench.ranking import Correlation, correlation, kendall, spearman
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, file_sha256, read_documents
@@ -490,11 +491,8 @@ def bench(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     config = SensitivityConfig()
-    parser.add_argument("model", metavar="MODEL", help="an unconverted checkpoint")
-    parser.add_argument(
-        "--text", nargs="+", required=True, metavar="F", help="text that divergences are measured on, .jsonl or plain"
-    )
-    parser.add_argument("--calibration", required=True, metavar="F", help="text that scores are computed on")
+    add_study_arguments(parser)
+    add_size_arguments(parser, config.max_tokens, config.calibration_tokens, config.window)
     parser.add_argument(
         "--experts", type=int, default=config.experts, metavar="N",
         help="experts that are quantized, spread over layers, rare to frequent (default: %(default)s)",
@@ -503,21 +501,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--level", default=",".join(map(str, config.levels)), metavar="LIST",
         help="bits that they are quantized to, such as 2,3 (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-tokens", type=int, default=config.max_tokens, metavar="N",
-        help="tokens that divergences are measured on, shared evenly by the texts (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibration-tokens", type=int, default=config.calibration_tokens, metavar="N",
-        help="tokens that scores are computed on (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--window", type=int, default=config.window, metavar="N", help="tokens of a window (default: %(default)s)"
-    )
     parser.add_argument("--seed", type=int, default=config.seed, help="of the choice of text (default: %(default)s)")
-    parser.add_argument(
-        "--json", action="store_true", help="print all measurements as one JSON object on the last line"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

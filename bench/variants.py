@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlxmoe.arguments import note, print_json
+from mlxmoe.bench.arguments import add_size_arguments, add_study_arguments
 from mlxmoe.bench.chapter import ORIGINAL, SCORE_COLUMNS, Bench, ChapterConfig, Value, cell, replication, score_rows
 from mlxmoe.bench.simulate import Recipe, Simulation, Site, Variant, agreement, progressing
 from mlxmoe.convert.calibrate import file_sha256
@@ -307,23 +308,11 @@ def measure(simulation: Simulation, variants: Sequence[Variant], routing: bool) 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="an unconverted checkpoint")
+    add_study_arguments(parser)
+    config = ChapterConfig()
+    add_size_arguments(parser, config.max_tokens, config.calibration_tokens, config.window)
     parser.add_argument("--config", required=True, metavar="F", help="a TOML file of variants, see docs/options.md")
-    parser.add_argument("--text", nargs="+", required=True, metavar="F", help="text to score, as for mlxmoe eval")
-    parser.add_argument("--calibration", required=True, metavar="F", help="text for statistics, as for mlxmoe convert")
-    parser.add_argument(
-        "--max-tokens", type=int, default=ChapterConfig.max_tokens, metavar="N",
-        help="scored tokens a variant (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--calibration-tokens", type=int, default=ChapterConfig.calibration_tokens, metavar="N",
-        help="tokens of calibration (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--window", type=int, default=ChapterConfig.window, metavar="T", help="tokens of context (default: %(default)s)"
-    )
     parser.add_argument("--routing", action="store_true", help="also how much of the routing is kept (default: off)")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
 def run(args: argparse.Namespace) -> int:

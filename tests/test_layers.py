@@ -56,7 +56,7 @@ CONVERT_LAYERS = [
     ["cli", "make_demo"],
 ]
 BENCH_LAYERS = [
-    ["checkpoint", "child", "decode", "timing", "kernels", "launches", "pages", "ranking"],
+    ["arguments", "checkpoint", "child", "decode", "timing", "kernels", "launches", "pages", "ranking"],
     ["stock"],
     ["baseline", "cache_attempts", "class_weights", "convert", "simulate", "streaming_model", "reads", "stats"],
     ["cli", "memory", "chapter", "quantizers", "sensitivity", "report"],
