@@ -8,7 +8,6 @@ converted folders.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import tempfile
@@ -48,7 +47,7 @@ from mlxmoe.convert.written import open_weights
 from mlxmoe.errors import UserError
 from mlxmoe.models import max_context
 from mlxmoe.pictures import check_target, text_table, write_report
-from mlxmoe.work import write_whole
+from mlxmoe.work import json_array, save_arrays, write_whole
 
 FORMAT, VERSION = "mlxmoe-stats", 1
 _PAIRS = 8  # of a layer that are listed
@@ -130,7 +129,10 @@ def run(args: argparse.Namespace) -> int:
     for line in report_lines(result):
         print(line)
     if save is not None:
-        write_whole(save, _npz(statistics, result) if save.suffix == ".npz" else json.dumps(result).encode())
+        if save.suffix == ".npz":
+            save_arrays(save, _arrays(statistics, result), compressed=True)
+        else:
+            write_whole(save, json.dumps(result).encode())
         note(f"wrote {save}")
     if report is not None:
         for path in write_report(report, f"mlxmoe stats: {result['model']}", stats_parts(result)):
@@ -317,9 +319,9 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _npz(statistics: Statistics, result: Mapping[str, Any]) -> bytes:
-    """Arrays over the layers with experts [L, ...]: those of ExpertNumbers, `together` [L, E, E]; `layers` [L], `stream` [N,
-    4] (rms, median, largest, share of all layers), and `header`: the rest as JSON."""
+def _arrays(statistics: Statistics, result: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Over the layers with experts [L, ...]: those of ExpertNumbers, `together` [L, E, E]; `layers` [L], `stream` [N, 4] (rms,
+    median, largest, share of all layers), and `header`: the rest as JSON."""
     routed = [layer for layer in statistics.layers if layer.routed is not None]
     arrays: dict[str, np.ndarray] = {"layers": np.array([layer.layer for layer in routed])}
     parts = [layer.routed for layer in routed if layer.routed is not None]
@@ -329,10 +331,8 @@ def _npz(statistics: Statistics, result: Mapping[str, Any]) -> bytes:
     streams = [layer.stream for layer in statistics.layers]
     arrays["stream"] = np.array([[s.rms, s.median, s.largest, float(s.share[0])] for s in streams])
     header = {name: value for name, value in result.items() if name not in ("layers", "lift")}
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    data = io.BytesIO()
-    np.savez_compressed(data, allow_pickle=False, **arrays)
-    return data.getvalue()
+    arrays["header"] = json_array(header)
+    return arrays
 
 
 def _stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:

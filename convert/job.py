@@ -53,7 +53,6 @@ from mlxmoe.convert.write import (
     Packed,
     load_rotations,
     packed_experts,
-    save_arrays,
     save_rotations,
     write_layer,
     write_shard,
@@ -62,7 +61,7 @@ from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
 from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
 from mlxmoe.units import format_size
-from mlxmoe.work import publish, write_whole
+from mlxmoe.work import publish, save_arrays, write_whole
 
 
 class Outcome(NamedTuple):
@@ -220,7 +219,7 @@ class Job:
             check_finite([tensor for tensor in self.source.trunk if not tensor.tensor_class], tensors)
             trunk = measure_trunk(quantizable, tensors, progress)
             if keep:
-                save_arrays(path, trunk._asdict())
+                save_arrays(path, {"norms": trunk.norms, "errors": trunk.errors})
         return layers, trunk
 
     def _allocator(self, measured: tuple[dict[int, ExpertErrors], TrunkErrors]) -> Allocator:

@@ -34,8 +34,9 @@ from mlxmoe.convert.source import TrunkTensor
 from mlxmoe.convert.stats import without_inputs
 from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.weigh import Measured, read_measured, weigh
-from mlxmoe.convert.write import Packed, save_arrays
+from mlxmoe.convert.write import Packed
 from mlxmoe.plan import LayerPlan, Plan
+from mlxmoe.work import save_arrays
 
 # Called with a layer of the plan and its experts, coded; writes the file
 LayerWriter = Callable[[LayerPlan, Iterator[list[Packed | None]]], None]

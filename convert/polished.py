@@ -17,9 +17,9 @@ from mlxmoe.convert.coded import CodedLayer
 from mlxmoe.convert.coding import coded_values
 from mlxmoe.convert.layers import Layers
 from mlxmoe.convert.polish import EPOCHS, Share, Stored, polish_factors, polish_layer, polish_model
-from mlxmoe.convert.write import save_arrays
 from mlxmoe.plan import LayerPlan, Plan
 from mlxmoe.rotation import Rotation
+from mlxmoe.work import save_arrays
 
 
 def refine_layer(

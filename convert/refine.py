@@ -25,8 +25,8 @@ from mlxmoe.convert.measure import ExpertErrors, TrunkErrors
 from mlxmoe.convert.selftext import SELF
 from mlxmoe.convert.stream import LayerStream
 from mlxmoe.convert.walk import Walk
-from mlxmoe.convert.write import save_arrays
 from mlxmoe.plan import Plan
+from mlxmoe.work import save_arrays
 
 TOKENS = 8192  # that the parts are measured on
 LIMIT = 4.0  # a quotient beyond this is noise, or an effect that scaling does not describe

@@ -13,9 +13,9 @@ from mlxmoe.checkpoint import Checkpoint
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, read_documents
 from mlxmoe.convert.hubtext import HUB, hub_documents
 from mlxmoe.convert.selftext import SELF, own_text
-from mlxmoe.convert.write import save_arrays
 from mlxmoe.errors import UserError
 from mlxmoe.loading import open_model
+from mlxmoe.work import save_arrays
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Any:

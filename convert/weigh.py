@@ -20,9 +20,10 @@ from mlxmoe.convert.measure import ExpertErrors, ExpertScores, TrunkErrors, cand
 from mlxmoe.convert.rotate import AUTO, Rotated, Sample, chosen_rotations, sampled_rotation, unsampled_rotation
 from mlxmoe.convert.scores import Scoring, observe
 from mlxmoe.convert.stats import Moments, unseen_directions
-from mlxmoe.convert.write import save_arrays, save_rotations
+from mlxmoe.convert.write import save_rotations
 from mlxmoe.models import ExpertSite
 from mlxmoe.rotation import PLAIN
+from mlxmoe.work import save_arrays
 
 ROTATED_EXPERTS = 8  # of a layer, by whose errors its rotations are chosen
 

@@ -6,7 +6,6 @@ work folder, its SHA-256 and (for experts) what each lower level of the codes wo
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from mlxmoe.models import ExpertSite
 from mlxmoe.plan import ExpertEntry, FileEntry, LayerPlan
 from mlxmoe.rotation import Rotation, plain_rotation, rotate
 from mlxmoe.store import layer_header, record_nbytes, record_parts, rotation_matrices
-from mlxmoe.work import whole_file, write_whole
+from mlxmoe.work import save_arrays, whole_file
 
 
 class Packed(NamedTuple):
@@ -43,13 +42,6 @@ class Packed(NamedTuple):
 
     matrix: PackedMatrix
     errors: tuple[float, ...]
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """An .npz, by the rules of `whole_file`."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    write_whole(path, buffer.getvalue())
 
 
 def save_rotations(folder: Path, layer: int, rotated: Rotated) -> None:

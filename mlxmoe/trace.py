@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import sys
 import zipfile
@@ -38,7 +37,7 @@ from mlxmoe.loading import Loaded, open_model
 from mlxmoe.runtime import add_runtime_arguments, runtime_config
 from mlxmoe.streaming import StreamedExperts
 from mlxmoe.units import format_size
-from mlxmoe.work import write_whole
+from mlxmoe.work import json_array, save_arrays
 
 TRACE_FORMAT = "mlxmoe-trace"
 TRACE_VERSION = 1
@@ -252,7 +251,7 @@ def save_trace(trace: Trace, path: Path) -> None:
         "seed": trace.seed,
     }
     arrays = {
-        "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+        "header": json_array(header),
         "experts": trace.experts,
         "starts": trace.starts,
     }
@@ -260,9 +259,7 @@ def save_trace(trace: Trace, path: Path) -> None:
         arrays["scores"] = trace.scores
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent}", "make it first, or write the trace somewhere else")
-    data = io.BytesIO()
-    np.savez_compressed(data, allow_pickle=False, **arrays)
-    write_whole(path, data.getvalue())
+    save_arrays(path, arrays, compressed=True)
 
 
 def load_trace(path: str | Path) -> Trace:

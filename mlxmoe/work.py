@@ -15,10 +15,12 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlxmoe.errors import UserError
 from mlxmoe.plan import FileEntry
@@ -61,6 +63,18 @@ def write_whole(path: Path, data: bytes) -> FileEntry:
     with whole_file(path) as file:
         file.write(data)
     return file.entry
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], compressed: bool = False) -> FileEntry:
+    """An .npz, by the rules of `whole_file`."""
+    buffer = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(buffer, allow_pickle=False, **arrays)
+    return write_whole(path, buffer.getvalue())
+
+
+def json_array(value: Any) -> np.ndarray:
+    """uint8 [n]: JSON text as one array of an .npz, which `json.loads(array.tobytes())` reads."""
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def publish(folder: Path, state: Path, output: Path) -> None:
