@@ -320,8 +320,8 @@ def plain(value: Any) -> Any:
 
 
 def _arrays(statistics: Statistics, result: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Over the layers with experts [L, ...]: those of ExpertNumbers, `together` [L, E, E]; `layers` [L], `stream` [N, 4] (rms,
-    median, largest, share of all layers), and `header`: the rest as JSON."""
+    """Over the layers with experts [L, ...]: those of ExpertNumbers, `together` [L, E, E]; `layers` [L], `stream` [N, 4]
+    (rms, median, largest, share of all layers), and `header`: the rest as JSON."""
     routed = [layer for layer in statistics.layers if layer.routed is not None]
     arrays: dict[str, np.ndarray] = {"layers": np.array([layer.layer for layer in routed])}
     parts = [layer.routed for layer in routed if layer.routed is not None]

@@ -11,11 +11,8 @@ A run that is killed at any point leaves OUT.partial; the same command with --re
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,8 +57,7 @@ from mlxmoe.convert.write import (
 from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
 from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
-from mlxmoe.units import format_size
-from mlxmoe.work import publish, save_arrays, write_whole
+from mlxmoe.work import WorkFolder, save_arrays, write_whole
 
 
 class Outcome(NamedTuple):
@@ -76,10 +72,7 @@ class Job:
     """One conversion. Creates OUT.partial with the first artefact, so bad input leaves nothing behind."""
 
     def __init__(self, source: str | Path, output: Path, config: ConvertConfig, quiet: bool = False):
-        output = output if output.name else output.resolve()  # "." has no name
-        self.output = output
-        self.folder = output.with_name(output.name + ".partial")
-        self.state = self.folder / "state"
+        self.work = WorkFolder(output, "conversion", PLAN_FILE, restarts=True)
         self.checkpoint = open_checkpoint(source)
         self.source = Source(self.checkpoint, config.group_size)
         self.config = config.for_model(self.source.num_parameters)
@@ -105,27 +98,19 @@ class Job:
     def run(self, resume: bool = False, restart: bool = False) -> Outcome:
         """Converts. Raises UserError when OUT exists, when work is left over and neither resume nor restart was asked,
         when the settings differ from those of the work to resume, or when the disk is full."""
-        self._check_output(resume, restart)
+        self.work.check(resume, restart)
         self._allocator(unmeasured(self.source, self.config)).check_size()
         mx.set_cache_limit(0)  # freed buffers go back at once: peak memory is what one layer needs
-        try:
-            with self._locked(restart):
-                self._claim()
-                if (self.folder / PLAN_FILE).is_file():  # killed in the middle of publishing
-                    plan = Plan.load(self.folder)
-                    decision = self._allocator(unmeasured(self.source, self.config)).account(plan)
-                else:
-                    decision, plan = self._convert_calibrated() if self.config.calibration else self._convert()
-                    self._complete(plan, decision.nbytes)
-                publish(self.folder, self.state, self.output)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"the disk is full: {self.folder} needs {format_size(error_space(self.folder))} so far and more to come",
-                "make room and run the same command with --resume, or delete that folder",
-            ) from None
-        return Outcome(decision, plan, sum(path.stat().st_size for path in self.output.iterdir()))
+        with self.work.locked(restart):
+            self._claim()
+            if self.work.complete:  # killed in the middle of publishing
+                plan = Plan.load(self.work.folder)
+                decision = self._allocator(unmeasured(self.source, self.config)).account(plan)
+            else:
+                decision, plan = self._convert_calibrated() if self.config.calibration else self._convert()
+                self._complete(plan, decision.nbytes)
+            self.work.publish()
+        return Outcome(decision, plan, sum(path.stat().st_size for path in self.work.output.iterdir()))
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -135,7 +120,7 @@ class Job:
             with self._cleared_if_damaged():
                 measured = self._measure(progress, keep=True)
             decision = self._allocator(measured).decide()
-            self._check_space(decision.nbytes)
+            self.work.check_space(decision.nbytes)
             plan, tensors = self._keep_plan(decision.plan), self.source.tensors()
             for site, layer in zip(self.source.sites, plan.layers, strict=True):
                 if self._done(layer.file) is None:
@@ -148,9 +133,9 @@ class Job:
     def _convert_calibrated(self) -> tuple[Decision, Plan]:
         """By the errors of the outputs on calibration text."""
         with self._cleared_if_damaged():
-            layers = self._layers(self.state)
+            layers = self._layers(self.work.state)
             decision = self._decide_calibrated(layers)
-        self._check_space(decision.nbytes)
+        self.work.check_space(decision.nbytes)
         plan = self._keep_plan(decision.plan)
         notes = write(
             layers,
@@ -189,14 +174,14 @@ class Job:
         try:
             yield
         except UserError:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.work.folder)
             raise
 
     def _measure(self, progress: Progress, keep: bool) -> tuple[dict[int, ExpertErrors], TrunkErrors]:
         tensors = self.source.tensors()
         layers = {}
         for site in self.source.sites:
-            path = self.state / f"measure-{site.layer}.npz"
+            path = self.work.state / f"measure-{site.layer}.npz"
             if keep and path.is_file():
                 rules = self._rotated(site.layer).rules(self.config.seed)
                 with np.load(path) as saved:
@@ -207,9 +192,9 @@ class Job:
             found = measure_layer(self.source, tensors, site, self.config.expert_levels, progress, rotated)
             layers[site.layer] = found._replace(rotations=rotated.rules(self.config.seed))
             if keep:
-                save_rotations(self.state, site.layer, rotated)
+                save_rotations(self.work.state, site.layer, rotated)
                 save_arrays(path, {"norms": found.norms, "errors": found.errors})
-        path = self.state / "measure-trunk.npz"
+        path = self.work.state / "measure-trunk.npz"
         quantizable = [tensor for tensor in self.source.trunk if tensor.tensor_class]
         if keep and path.is_file():
             with np.load(path) as saved:
@@ -228,23 +213,23 @@ class Job:
 
     def _keep_plan(self, plan: Plan) -> Plan:
         """The allocation is an artefact too: a resumed run writes the rest of the files by the same plan."""
-        if not (self.state / PLAN_FILE).is_file():
-            write_whole(self.state / PLAN_FILE, plan.dumps().encode())
-        return Plan.load(self.state)
+        if not (self.work.state / PLAN_FILE).is_file():
+            write_whole(self.work.state / PLAN_FILE, plan.dumps().encode())
+        return Plan.load(self.work.state)
 
     def _rotated(self, layer: int) -> Rotated:
         """The rotations that a layer was measured behind."""
-        return load_rotations(self.state, self.source, layer, self.config.seed)
+        return load_rotations(self.work.state, self.source, layer, self.config.seed)
 
     def _write_layer(self, layer: LayerPlan, experts: Iterator[list[Packed | None]], progress: Progress) -> None:
-        entry, entries = write_layer(layer, experts, self._rotated(layer.layer), self.folder, progress)
+        entry, entries = write_layer(layer, experts, self._rotated(layer.layer), self.work.folder, progress)
         if layer.replicas is not None and self.config.replicas is not None:
             layer = layer._replace(experts=entries)
             write_whole(self._weights_path(layer), json.dumps(output_weights(self.config.replicas, layer)).encode())
         self._mark_done(layer.file, entry, entries)
 
     def _weights_path(self, layer: LayerPlan) -> Path:
-        return self.state / f"weights-{layer.layer}.json"
+        return self.work.state / f"weights-{layer.layer}.json"
 
     def _weighted(self, layer: LayerPlan) -> LayerPlan:
         """With what the outputs of copies count, which is known when they are written."""
@@ -275,7 +260,7 @@ class Job:
             name = shard_name(i, len(shards))
             done = self._done(name)
             if done is None:
-                entry = write_shard(shard, formats, tensors, self.folder / name, progress, coded)
+                entry = write_shard(shard, formats, tensors, self.work.folder / name, progress, coded)
                 self._mark_done(name, entry, ())
             else:
                 entry = done[0]
@@ -293,28 +278,16 @@ class Job:
     def _write_side_files(self, plan: Plan) -> dict[str, FileEntry]:
         contents = side_files(self.checkpoint.folder)
         contents["config.json"] = output_config(self.source, plan.trunk).encode()
-        return {name: write_whole(self.folder / name, data) for name, data in contents.items()}
+        return {name: write_whole(self.work.folder / name, data) for name, data in contents.items()}
 
     def _complete(self, plan: Plan, nbytes: int) -> None:
         """plan.json, last of all files, filled up so that the folder has the bytes that the allocation counted."""
         for layer in plan.layers:
             assert all(len(e.crc32) == num_planes(max(e.levels)) for e in layer.experts)
         text = plan.dumps().encode().rstrip()
-        write_whole(self.folder / PLAN_FILE, text.ljust(nbytes - plan.nbytes - 1) + b"\n")
+        write_whole(self.work.folder / PLAN_FILE, text.ljust(nbytes - plan.nbytes - 1) + b"\n")
 
     # -- the work folder -----------------------------------------------------------------------------------------------
-
-    def _check_output(self, resume: bool, restart: bool) -> None:
-        if self.output.exists():
-            raise UserError(f"{self.output} exists already", "choose another folder, or delete it first")
-        if not self.output.parent.is_dir():
-            raise UserError(f"there is no folder {self.output.parent} to convert into", "create it first")
-        if resume and not self.state.is_dir() and not (self.folder / PLAN_FILE).is_file():
-            raise UserError(f"there is no unfinished conversion {self.folder} to resume", "leave out --resume")
-        if self.folder.exists() and not resume and not restart:
-            raise UserError(
-                f"{self.folder} holds an unfinished conversion", "go on with --resume, or start over with --restart"
-            )
 
     def _claim(self) -> None:
         """Records what this job is, or checks that the work found is the same job's."""
@@ -323,29 +296,26 @@ class Job:
             "source": describe(self.checkpoint),
             "settings": self.config.as_settings(),
         }
-        path = self.state / "job.json"
-        if path.is_file():
-            found = json.loads(path.read_text())
-        elif (self.folder / PLAN_FILE).is_file():
-            plan = Plan.load(self.folder)
+        found = self.work.job()
+        if found is None and self.work.complete:
+            plan = Plan.load(self.work.folder)
             found = {**wanted, "source": plan.source, "settings": plan.settings}
-        else:
-            write_whole(path, json.dumps(wanted).encode())
+        if found is None:
+            self.work.claim(wanted)
             return
         changed = [key for key in ("mlxmoe", "source") if found.get(key) != wanted[key]]
         before, now = (flattened(settings) for settings in (found["settings"], wanted["settings"]))
         changed += [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
         if changed:
             raise UserError(
-                f"the unfinished conversion {self.folder} was started with other {' and '.join(changed)}",
+                f"the unfinished conversion {self.work.folder} was started with other {' and '.join(changed)}",
                 "use the settings it was started with, or start over with --restart",
             )
 
     def _done(self, name: str) -> tuple[FileEntry, tuple[ExpertEntry, ...]] | None:
-        path = self.state / f"{name}.json"
-        if not path.is_file() or not (self.folder / name).is_file():
+        saved = self.work.done(name)
+        if saved is None:
             return None
-        saved = json.loads(path.read_text())
         experts = tuple(
             ExpertEntry(tuple(e[0]), tuple(map(tuple, e[1])), tuple(map(tuple, e[2])), tuple(e[3]))
             for e in saved["experts"]
@@ -353,35 +323,7 @@ class Job:
         return FileEntry(*saved["file"]), experts
 
     def _mark_done(self, name: str, entry: FileEntry, experts: tuple[ExpertEntry, ...]) -> None:
-        write_whole(self.state / f"{name}.json", json.dumps({"file": entry, "experts": experts}).encode())
-
-    @contextmanager
-    def _locked(self, restart: bool) -> Iterator[None]:
-        """One converter per work folder; the lock goes with the process, however it ends. `restart` empties the folder,
-        once it is certain that nobody works in it."""
-        self.state.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.state, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(f"another process is converting into {self.folder}", "wait for it to finish") from None
-        try:
-            if restart:
-                for path in (*self.state.iterdir(), *(p for p in self.folder.iterdir() if p != self.state)):
-                    path.unlink()
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _check_space(self, nbytes: int) -> None:
-        present = sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
-        free = shutil.disk_usage(self.folder).free
-        if free < nbytes - present:
-            raise UserError(
-                f"{self.output.parent} has {format_size(free)} free, the result needs {format_size(nbytes - present)} more",
-                "make room and run the same command with --resume",
-            )
+        self.work.mark_done(name, {"file": entry, "experts": experts})
 
     @contextmanager
     def _progress(self, passes: int) -> Iterator[Progress]:
@@ -406,8 +348,3 @@ def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         result |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return result
-
-
-def error_space(folder: Path) -> int:
-    """Bytes that the work folder takes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

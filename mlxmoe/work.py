@@ -77,55 +77,45 @@ def json_array(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
-def publish(folder: Path, state: Path, output: Path) -> None:
-    """A complete work folder becomes `output` in one rename, without its `state` and without temporary files."""
-    shutil.rmtree(state)
-    for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
-    os.rename(folder, output)
-    descriptor = os.open(output.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 class WorkFolder:
     """OUT.partial of one kind of work, whose noun stands in every message; `last` is the file that makes it complete.
+    restarts: the command can start over by itself.
 
     Creates nothing before `locked`.
     """
 
-    def __init__(self, output: Path, noun: str, last: str):
+    def __init__(self, output: Path, noun: str, last: str, restarts: bool = False):
         output = output if output.name else output.resolve()  # "." has no name
-        self.output, self.noun, self._last = output, noun, last
+        self.output, self.noun, self._last, self._restarts = output, noun, last, restarts
         self.folder = output.with_name(output.name + ".partial")
-        self._state = self.folder / "state"
+        self.state = self.folder / "state"
 
-    def check(self, resume: bool) -> None:
+    def check(self, resume: bool, restart: bool = False) -> None:
         """Raises UserError when OUT exists, when it cannot be made, or when work is (not) left over against `resume`."""
         if self.output.exists():
             raise UserError(f"{self.output} exists already", "choose another folder, or delete it first")
         if not self.output.parent.is_dir():
             raise UserError(f"there is no folder {self.output.parent} for the {self.noun}", "create it first")
-        if resume and not self._state.is_dir() and not self.complete:
+        if resume and not self.state.is_dir() and not self.complete:
             raise UserError(f"there is no unfinished {self.noun} {self.folder} to resume", "leave out --resume")
-        if self.folder.exists() and not resume:
-            raise UserError(
-                f"{self.folder} holds an unfinished {self.noun}", "go on with --resume, or delete that folder first"
-            )
+        if self.folder.exists() and not resume and not restart:
+            other = "start over with --restart" if self._restarts else "delete that folder first"
+            raise UserError(f"{self.folder} holds an unfinished {self.noun}", f"go on with --resume, or {other}")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One process per work folder, which is created; the lock goes with the process, however it ends.
+    def locked(self, restart: bool = False) -> Iterator[None]:
+        """One process per work folder, which is created; the lock goes with the process, however it ends. `restart` empties
+        the folder, once it is certain that nobody works in it.
 
-        Raises UserError when another process has it, and for a disk that is full in the body.
+        Raises UserError when another process has it, and for a disk that is full, in the body as well.
         """
-        self._state.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._state, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise UserError(f"another process works on {self.folder}", "wait for it to finish") from None
+            self.state.mkdir(parents=True, exist_ok=True)
+            with _lock(self.state, self.folder):
+                if restart:
+                    for path in (*self.state.iterdir(), *(p for p in self.folder.iterdir() if p != self.state)):
+                        path.unlink()
+                yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -133,8 +123,6 @@ class WorkFolder:
                 f"the disk is full: {self.folder} has {format_size(self.nbytes)} so far and more to come",
                 "make room and run the same command with --resume, or delete that folder",
             ) from None
-        finally:
-            os.close(descriptor)
 
     @property
     def complete(self) -> bool:
@@ -143,19 +131,19 @@ class WorkFolder:
 
     def job(self) -> dict[str, Any] | None:
         """What the work that was found here is; None where nothing was claimed yet."""
-        path = self._state / "job.json"
+        path = self.state / "job.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
     def claim(self, job: dict[str, Any]) -> None:
-        write_whole(self._state / "job.json", json.dumps(job).encode())
+        write_whole(self.state / "job.json", json.dumps(job).encode())
 
     def done(self, name: str) -> dict[str, Any] | None:
         """What was noted of a file that is finished."""
-        path = self._state / f"{name}.json"
+        path = self.state / f"{name}.json"
         return json.loads(path.read_text()) if path.is_file() and (self.folder / name).is_file() else None
 
     def mark_done(self, name: str, note: dict[str, Any]) -> None:
-        write_whole(self._state / f"{name}.json", json.dumps(note).encode())
+        write_whole(self.state / f"{name}.json", json.dumps(note).encode())
 
     @property
     def nbytes(self) -> int:
@@ -173,5 +161,26 @@ class WorkFolder:
             )
 
     def publish(self) -> None:
-        """One rename: a reader sees the whole folder or none."""
-        publish(self.folder, self._state, self.output)
+        """A complete folder becomes OUT in one rename, without its state and without temporary files: a reader sees the
+        whole folder or none."""
+        shutil.rmtree(self.state)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+        os.rename(self.folder, self.output)
+        descriptor = os.open(self.output.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+@contextmanager
+def _lock(path: Path, folder: Path) -> Iterator[None]:
+    """Raises UserError when another process has the lock of `path`, which stands for `folder`."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process works on {folder}", "wait for it to finish") from None
+        yield
+    finally:
+        os.close(descriptor)

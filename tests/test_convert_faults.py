@@ -546,7 +546,7 @@ def test_two_converters_of_one_folder(many_layers: Path, tmp_path: Path, capsys:
             assert "holds an unfinished conversion" in refused(capsys, many_layers, output, "--bpw", "6")
             for wish in ("--resume", "--restart"):
                 message = refused(capsys, many_layers, output, "--bpw", "6", wish)
-                assert "another process is converting into" in message
+                assert "another process works on" in message
             assert snapshot(tmp_path / "out.partial") == before
         except BaseException:
             child.kill()  # a stopped child would be waited for without end
