@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -33,3 +35,12 @@ def tiny_model(shared_dir: Path) -> Path:
     if not (path / "config.json").is_file():
         _absent(f"the test model {path.name}")
     return path
+
+
+@pytest.fixture
+def limits() -> Iterator[None]:
+    """Loading and converting set MLX's limits for the whole process: none at first, and those of before afterwards."""
+    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
+    yield
+    mx.set_memory_limit(memory)
+    mx.set_cache_limit(cache)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 from toy_checkpoints import edit_weights, write_architecture
+from whole_model import whole
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert import activations
@@ -70,32 +71,9 @@ class Dense(NamedTuple):
     behind: np.ndarray
 
 
-class Kept:
-    """In the place of a module: keeps its input and its output."""
-
-    def __init__(self, inner: Any):
-        self.inner = inner
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        result = self.inner(x, *args, **kwargs)
-        self.seen = [np.array(a).reshape(-1, a.shape[-1]).astype(np.float64) for a in (x, result)]
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
 def dense(folder: Path, layer: int) -> Dense:
-    source = Source(open_checkpoint(folder), 32)
-    whole = source.build()
-    whole.load_weights([(n, a.astype(mx.float32)) for n, a in source.tensors().items()], strict=False)
-    layers = whole.model.layers
-    block = layers[layer].mlp
-    inside, outside = Kept(block), Kept(layers[layer])
-    layers[layer].mlp = inside
-    layers[layer] = outside
-    whole(mx.array(WINDOWS.tokens))
-    return Dense(block, inside.seen[0], outside.seen[1])
+    model = whole(folder, WINDOWS.tokens)
+    return Dense(model.layers[layer].mlp, model.block_inputs[layer], model.behind[layer])
 
 
 class Expected(NamedTuple):

@@ -35,6 +35,8 @@ from mlxmoe.shelves import Busy
 from mlxmoe.store import ExpertStore, layer_header, layer_records, read_span
 from mlxmoe.streaming import Beside, StreamedExperts
 
+pytestmark = pytest.mark.usefixtures("limits")
+
 FRAME = 64
 
 
@@ -135,15 +137,6 @@ PROMPT = mx.array([[5 + i * 7 % 250 for i in range(40)]])
 CASES = sorted(
     {path.stem for path in VECTORS.glob("*.json") if "-" not in path.stem} - {"gemma4", "qwen3_5_moe"} | {"nemotron_h"}
 )
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    """Loading sets MLX's limits for the whole process: put them back."""
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 @pytest.fixture(scope="module")

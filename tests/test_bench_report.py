@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from toy_checkpoints import convert, write_architecture, write_qwen3
+from toy_text import write_domains
 
 from mlxmoe.bench.pages import report_parts, stats_parts
 from mlxmoe.bench.report import bytes_by_class, describe, loss_by_place, measure_curve
@@ -29,13 +30,7 @@ SETTINGS = ("--max-tokens", "128", "--window", "32")
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rng = np.random.default_rng(0)
-    rows = []
-    for domain, letters in (("vowels", "aeiou "), ("digits", "0123456789 ")):
-        rows += [{"text": "".join(rng.choice(list(letters), 300)), "domain": domain} for _ in range(4)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_domains(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")

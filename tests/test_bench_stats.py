@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from toy_checkpoints import convert, edit_weights, write_architecture, write_qwen3
+from toy_text import write_domains
 
 from mlxmoe.bench.pages import stats_parts
 from mlxmoe.bench.stats import load_stats
@@ -43,13 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    rng = np.random.default_rng(0)
-    rows = []
-    for domain, letters in (("vowels", "aeiou "), ("digits", "0123456789 ")):
-        rows += [{"text": "".join(rng.choice(list(letters), 300)), "domain": domain} for _ in range(4)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_domains(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 def stats(model: Path, text: Path, *arguments: object) -> int:

@@ -23,6 +23,7 @@ from toy_checkpoints import (
     write_architecture,
     write_qwen3,
 )
+from toy_text import write_words
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
@@ -37,13 +38,6 @@ from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, evaluate
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
-WORDS = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router", "for", "every", "token")
-
-
-def write_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
-    random = np.random.RandomState(seed)
-    path.write_text(" ".join(random.choice(WORDS, words)))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(source: Path) -> Path:
-    return write_text(source.parent / "text.txt")
+    return write_words(source.parent / "text.txt")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +158,7 @@ def test_nearer_to_the_original_than_without_text(source: Path, whole: Path, tex
     """On other text of the same kind, and with fewer bytes: sizes of so small a model come in steps of a page a record."""
     assert convert(source, tmp_path / "rtn", "--bpw", "6.3", "--calibration", str(text), "--method", "rtn") == 0
     assert folder_nbytes(whole) <= folder_nbytes(tmp_path / "rtn")
-    other = write_text(tmp_path / "other.txt", 600, seed=1)
+    other = write_words(tmp_path / "other.txt", 600, seed=1)
     assert kld(whole, source, other) < 0.8 * kld(tmp_path / "rtn", source, other)
 
 
@@ -214,7 +208,7 @@ def test_experts_that_are_never_reached_are_named(
 
 
 def test_few_tokens_are_noted(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_text(tmp_path / "short.txt", 130)
+    path = write_words(tmp_path / "short.txt", 130)
     assert convert(source, tmp_path / "out", "--bpw", "6", "--calibration", str(path)) == 0
     error = capsys.readouterr().err
     assert "the calibration text has 512 tokens, fewer than the 16384 that were asked for" in error
@@ -387,7 +381,7 @@ def test_resume_with_other_settings(
 def test_calibration_text_that_changed_is_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_text(tmp_path / "text.txt")
+    path = write_words(tmp_path / "text.txt")
     arguments = ["--bpw", "6", "--calibration", str(path)]
 
     def stop(*_: Any, **__: Any) -> None:
@@ -396,7 +390,7 @@ def test_calibration_text_that_changed_is_refused(
     with monkeypatch.context() as patched:
         patched.setattr("mlxmoe.convert.job.measure", stop)
         assert convert(source, tmp_path / "out", *arguments) == 130
-    write_text(path, seed=9)
+    write_words(path, seed=9)
     assert convert(source, tmp_path / "out", *arguments, "--resume") == 2
     assert "was started with other calibration.sha256" in capsys.readouterr().err
 

@@ -18,6 +18,7 @@ from toy_checkpoints import (
     write_architecture,
     write_qwen3,
 )
+from toy_text import write_words
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.coded import CodedLayer
@@ -31,7 +32,6 @@ from mlxmoe.formats import MatrixShape
 from mlxmoe.plan import ExpertEntry, LayerPlan
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
-WORDS = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router", "for", "every", "token")
 BIASED = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -45,9 +45,7 @@ CALIBRATED = ["--bpw", "6", "--expert-bits", "2,4", "--calibration-tokens", "102
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(" ".join(np.random.RandomState(0).choice(WORDS, 2000)))
-    return path
+    return write_words(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

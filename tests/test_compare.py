@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from toy_checkpoints import edit_weights, write_architecture
+from whole_model import Whole, whole
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.compare import LayerChange, compare
@@ -54,44 +54,6 @@ def compared(first: Path, second: Path, folder: Path, monkeypatch: pytest.Monkey
     return changes
 
 
-class Whole(NamedTuple):
-    """A whole model: its layers, and by layer what goes in and comes out of it and of its block, float64 [T, D]."""
-
-    layers: list[Any]
-    before: list[np.ndarray]
-    behind: list[np.ndarray]
-    block_inputs: list[np.ndarray]
-
-
-class Kept:
-    """In the place of a module: keeps its input and its output."""
-
-    def __init__(self, inner: Any):
-        self.inner = inner
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        result = self.inner(x, *args, **kwargs)
-        self.seen = [np.array(a).reshape(-1, a.shape[-1]).astype(np.float64) for a in (x, result)]
-        return result
-
-
-def whole(folder: Path) -> Whole:
-    source = Source(open_checkpoint(folder), 32)
-    model = source.build()
-    model.load_weights([(n, a.astype(mx.float32)) for n, a in source.tensors().items()], strict=False)
-    layers = list(model.model.layers)
-    blocks = [Kept(layer.mlp) for layer in layers]
-    for layer, block in zip(layers, blocks, strict=True):
-        layer.mlp = block
-    outside = [Kept(layer) for layer in layers]
-    model.model.layers[:] = outside
-    model(mx.array(TOKENS))
-    result = Whole(layers, *([kept.seen[i] for kept in outside] for i in (0, 1)), [block.seen[0] for block in blocks])
-    for layer, block in zip(layers, blocks, strict=True):
-        layer.mlp = block.inner
-    return result
-
-
 def relative(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.square(got - wanted).sum() / np.square(wanted).sum())
 
@@ -102,7 +64,7 @@ def rows(x: np.ndarray) -> mx.array:
 
 def test_against_both_whole_models(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = compared(*folders, tmp_path / "work", monkeypatch)
-    first, second = (whole(folder) for folder in folders)
+    first, second = (whole(folder, TOKENS) for folder in folders)
     assert len(changes) == len(first.layers)
     mask = mx.tril(mx.ones((LENGTH, LENGTH), mx.bool_))
     for i, change in enumerate(changes):

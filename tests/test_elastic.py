@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,8 @@ from mlxmoe.residency import Swap, choose_swaps, solve_residency
 from mlxmoe.session import Engine
 from mlxmoe.upkeep import Upkeep
 
+pytestmark = pytest.mark.usefixtures("limits")
+
 CONTEXT = 128
 PROMPT = mx.array([[5 + i * 7 % 250 for i in range(70)]])
 
@@ -36,14 +37,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dims = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 24, "num_hidden_layers": 2}
     assert convert(write_qwen3(root / "source", **dims), root / "out", "--bpw", "13", "--expert-bits", "4,6,8") == 0
     return root / "out"
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 KERNELS = pytest.mark.parametrize("kernels", [None, ReferenceKernels()], ids=["built-ins", "kernels"])

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 from toy_checkpoints import convert, load_plan, prepare, write_qwen3
 
@@ -18,6 +16,8 @@ from mlxmoe.errors import UserError
 from mlxmoe.loading import RuntimeConfig, open_model
 from mlxmoe.plan import Forecast, Plan
 from mlxmoe.prepared import full_memory, smallest_memory
+
+pytestmark = pytest.mark.usefixtures("limits")
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,6 @@ def converted(source: Path) -> Path:
 def text(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     return tmp_path / "text.txt"
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 def test_measured_budgets_are_kept_and_said(

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,11 @@ from mlxmoe.models import model_classes
 from mlxmoe.residency import Residency, solve_residency
 from mlxmoe.store import read_header
 
+pytestmark = pytest.mark.usefixtures("limits")
+
 TOLERANCE = 1e-4  # float32 on both sides, logits of order 1: products of codes and scales against products of weights
 ARCHITECTURES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h")
 IDS = [3 + i * 11 % 250 for i in range(90)]  # more than 64 pairs: the experts are touched in order
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    """Loading sets MLX's limits for the whole process: put them back."""
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 @pytest.fixture(scope="module")

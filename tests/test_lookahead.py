@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +14,8 @@ from mlxmoe import expert_memory, loading
 from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.lookahead import PREDICTORS, Lookahead, make_predictor
 from mlxmoe.prefetch import Controller, Frequency, NextRouter, PreviousToken
+
+pytestmark = pytest.mark.usefixtures("limits")
 
 CONTEXT = 128
 TOKENS = [5 + i * 7 % 250 for i in range(24)]
@@ -32,14 +34,6 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dims = {"hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 24, "num_hidden_layers": 3}
     assert convert(write_qwen3(root / "source", **dims), root / "out", "--bpw", "12.5") == 0
     return root / "out"
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 def stream(source: Path, prefetch: str, share: float = 0.3) -> Loaded:

@@ -26,6 +26,8 @@ from toy_checkpoints import (
 from mlxmoe.errors import UserError
 from mlxmoe.prepared import full_memory, smallest_memory
 
+pytestmark = pytest.mark.usefixtures("limits")
+
 CONTEXT = 384
 
 # Loads, prefills a long prompt, decodes, and answers a second prompt; a fresh process, so that the peak is its own.
@@ -91,17 +93,6 @@ def converted(source: Path) -> Path:
     output = source.parent / "converted"
     assert convert(source, output, "--bpw", "12.5", "--expert-bits", "6,8") == 0
     return output
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Any:
-    """Loading sets MLX's limits for the whole process: put them back."""
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 @pytest.mark.parametrize(

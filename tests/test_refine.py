@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from toy_checkpoints import convert, load_plan, write_qwen3
+from toy_text import write_words
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, file_sha256, read_documents
@@ -29,7 +30,6 @@ from mlxmoe.convert.refine import (
 from mlxmoe.convert.tokens import read_tokenizer
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
-WORDS = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router", "for", "every", "token")
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(source: Path) -> Path:
-    path = source.parent / "text.txt"
-    path.write_text(" ".join(np.random.RandomState(0).choice(WORDS, 400)))
-    return path
+    return write_words(source.parent / "text.txt", 400)
 
 
 def calibration(text: Path, tokens: int = 1024) -> Calibration:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from converted_models import PROMPT, close, logits, open_reduced, open_streamed, written_levels
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from toy_checkpoints import (
@@ -28,8 +27,8 @@ from toy_checkpoints import (
     write_architecture,
     write_qwen3,
 )
+from toy_text import write_words
 
-from mlxmoe import loading
 from mlxmoe.banks import copies_nbytes
 from mlxmoe.errors import UserError
 from mlxmoe.experts import ExpertLayer
@@ -37,12 +36,13 @@ from mlxmoe.kernels import ReferenceKernels
 from mlxmoe.loading import Loaded
 from mlxmoe.models import named_arrays
 from mlxmoe.plan import LayerPlan, Plan
-from mlxmoe.prepared import expert_layers, full_memory, smallest_memory
+from mlxmoe.prepared import expert_layers
 from mlxmoe.rotation import dense, plain_rotation
 from mlxmoe.store import layer_records, read_header
 
+pytestmark = pytest.mark.usefixtures("limits")
+
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 6}
-PROMPT = mx.array([[5 + i * 7 % 250 for i in range(40)]])
 ROTATION = ["--rotation", "randomised-hadamard"]
 SPECS = {"pairs": "sensitivity:0.4", "threes": "random:0.5:3"}
 
@@ -59,21 +59,6 @@ def folders(source: Path) -> dict[str, Path]:
     for name, folder in result.items():
         assert convert(source, folder, *arguments, "--replicas", SPECS[name]) == 0
     return result
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    """Loading sets MLX's limits for the whole process: put them back."""
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
-
-
-def write_text(path: Path) -> Path:
-    words = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router")
-    path.write_text(" ".join(np.random.RandomState(0).choice(words, 800)))
-    return path
 
 
 class Sum(nn.Module):
@@ -116,19 +101,6 @@ def matrix(folder: Path, layer: LayerPlan, expert: int, projection: int, levels:
     return stored_matrix(folder, layer, expert, projection, level) if level else np.zeros((shape.rows, shape.columns))
 
 
-def logits(loaded: Loaded, tokens: mx.array = PROMPT) -> np.ndarray:
-    return np.array(loaded.model(tokens).astype(mx.float32))
-
-
-def close(found: np.ndarray, expected: np.ndarray) -> None:
-    """float32 products of the same values in another order."""
-    np.testing.assert_allclose(found, expected, atol=2e-4 * float(np.abs(expected).max()))
-
-
-def written_levels(folder: Path) -> list[list[tuple[int, ...]]]:
-    return [[entry.levels for entry in layer.experts] for layer in load_plan(folder).layers]
-
-
 # What is computed -----------------------------------------------------------------------------------------------------
 
 
@@ -140,10 +112,7 @@ def test_logits_are_those_of_the_sum_written_out(name: str, folders: dict[str, P
 
 
 def test_logits_of_reduced_levels(folders: dict[str, Path]) -> None:
-    prepared = prepare(folders["pairs"], RuntimeConfig(context=64))
-    memory = (smallest_memory(prepared) + full_memory(prepared)) // 2
-    loaded = open_model(folders["pairs"], RuntimeConfig(memory, 64))
-    assert loaded.report.mode == "elastic"
+    loaded = open_reduced(folders["pairs"])
     assert loaded.elastic is not None
     levels = loaded.elastic.residency.levels
     assert levels != written_levels(folders["pairs"])
@@ -154,13 +123,7 @@ def test_logits_of_reduced_levels(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_streamed_is_resident_to_the_last_bit(name: str, folders: dict[str, Path]) -> None:
-    config = RuntimeConfig(None, 64, threads=2, direct=False)
-    prepared = prepare(folders[name], config)
-    memory = prepared.streaming(0).least_memory
-    streamed, resident = (
-        loading._open_streamed(prepared, memory, replace(config, memory=memory)),
-        open_model(folders[name]),
-    )
+    streamed, resident = open_streamed(folders[name]), open_model(folders[name])
     for tokens in (PROMPT, PROMPT[:, :1], PROMPT[:, :3]):
         assert (logits(streamed, tokens) == logits(resident, tokens)).all()
     assert streamed.experts is not None
@@ -170,9 +133,7 @@ def test_streamed_is_resident_to_the_last_bit(name: str, folders: dict[str, Path
 
 
 def test_exchanges_of_levels_leave_copies_alone(folders: dict[str, Path]) -> None:
-    prepared = prepare(folders["pairs"], RuntimeConfig(context=64))
-    memory = (smallest_memory(prepared) + full_memory(prepared)) // 2
-    loaded = open_model(folders["pairs"], RuntimeConfig(memory, 64, adapt=True))
+    loaded = open_reduced(folders["pairs"], adapt=True)
     assert loaded.elastic is not None
     for start in range(4):
         logits(loaded, PROMPT[:, start : start + 8])
@@ -243,7 +204,7 @@ def test_what_outputs_count(source: Path, folders: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.parametrize("combine", ["mean", "learned"])
 def test_by_calibration_text(combine: str, source: Path, tmp_path: Path) -> None:
-    arguments = ["--calibration", str(write_text(tmp_path / "text.txt")), "--calibration-tokens", "512"]
+    arguments = ["--calibration", str(write_words(tmp_path / "text.txt", 800)), "--calibration-tokens", "512"]
     arguments += ["--expert-bits", "2", *ROTATION, "--replicas", "sensitivity:0.5", "--combine", combine]
     assert convert(source, tmp_path / "out", "--bpw", "8", *arguments) == 0
     close(logits(open_model(tmp_path / "out")), logits(written_out(tmp_path / "out", written_levels(tmp_path / "out"))))

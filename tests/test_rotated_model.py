@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from converted_models import PROMPT, close, logits, open_reduced, open_streamed, written_levels
 from mlx_lm.models.switch_layers import SwitchLinear
 from safetensors.numpy import load_file
 from toy_checkpoints import (
@@ -28,8 +28,8 @@ from toy_checkpoints import (
     write_architecture,
     write_qwen3,
 )
+from toy_text import write_words
 
-from mlxmoe import loading
 from mlxmoe.banks import copies_nbytes
 from mlxmoe.convert.rotate import CANDIDATES
 from mlxmoe.errors import UserError
@@ -39,12 +39,13 @@ from mlxmoe.kernels import ReferenceKernels
 from mlxmoe.loading import Loaded
 from mlxmoe.models import named_arrays
 from mlxmoe.plan import LayerPlan, Plan
-from mlxmoe.prepared import expert_layers, full_memory, smallest_memory
+from mlxmoe.prepared import expert_layers
 from mlxmoe.rotation import ONE_COPY, PLAIN, STORED, LayerRotations, RotationRule, random_signs
 from mlxmoe.store import layer_header, read_header
 
+pytestmark = pytest.mark.usefixtures("limits")
+
 SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 6}
-PROMPT = mx.array([[5 + i * 7 % 250 for i in range(40)]])
 NAMES = [name for name in PLAIN if name not in ("none", "block-hadamard-128")]  # 64 hidden values
 
 
@@ -60,15 +61,6 @@ def folders(source: Path) -> dict[str, Path]:
     for name, folder in result.items():
         assert convert(source, folder, "--bpw", "7", "--expert-bits", "2,3,4", "--rotation", name, "--seed", "5") == 0
     return result
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    """Loading sets MLX's limits for the whole process: put them back."""
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 def written_out(folder: Path, layer: LayerPlan, place: str, columns: int) -> np.ndarray:
@@ -100,19 +92,6 @@ def rotated_back(folder: Path, levels: Any) -> Loaded:
     return loaded
 
 
-def logits(loaded: Loaded, tokens: mx.array = PROMPT) -> np.ndarray:
-    return np.array(loaded.model(tokens).astype(mx.float32))
-
-
-def written_levels(folder: Path) -> list[list[tuple[int, ...]]]:
-    return [[entry.levels for entry in layer.experts] for layer in load_plan(folder).layers]
-
-
-def close(found: np.ndarray, expected: np.ndarray) -> None:
-    """float32 products of the same values in another order."""
-    np.testing.assert_allclose(found, expected, atol=2e-4 * float(np.abs(expected).max()))
-
-
 # Resident, reduced, streamed ------------------------------------------------------------------------------------------
 
 
@@ -134,10 +113,7 @@ def test_the_rotation_matters(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["random", "block-hadamard-64"])
 def test_logits_of_reduced_levels(name: str, folders: dict[str, Path]) -> None:
-    prepared = prepare(folders[name], RuntimeConfig(context=64))
-    memory = (smallest_memory(prepared) + full_memory(prepared)) // 2
-    loaded = open_model(folders[name], RuntimeConfig(memory, 64))
-    assert loaded.report.mode == "elastic"
+    loaded = open_reduced(folders[name])
     assert loaded.elastic is not None
     levels = loaded.elastic.residency.levels
     assert levels != written_levels(folders[name])
@@ -148,10 +124,7 @@ def test_logits_of_reduced_levels(name: str, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_streamed_is_resident_to_the_last_bit(name: str, kernels: Any, folders: dict[str, Path]) -> None:
     resident = open_model(folders[name], RuntimeConfig(None, 64, kernels=kernels))
-    config = RuntimeConfig(None, 64, kernels=kernels, threads=2, direct=False)
-    prepared = prepare(folders[name], config)
-    memory = prepared.streaming(0).least_memory
-    streamed = loading._open_streamed(prepared, memory, replace(config, memory=memory))
+    streamed = open_streamed(folders[name], kernels=kernels)
     for tokens in (PROMPT, PROMPT[:, :1], PROMPT[:, :3]):
         assert (logits(streamed, tokens) == logits(resident, tokens)).all()
     assert streamed.experts is not None
@@ -172,9 +145,7 @@ def test_the_kernels_compute_what_the_built_ins_do(name: str, folders: dict[str,
 
 def test_kernels_keep_their_rotations_when_levels_change(folders: dict[str, Path]) -> None:
     folder, kernels = folders["randomised-hadamard"], ReferenceKernels()
-    prepared = prepare(folder, RuntimeConfig(context=64, kernels=kernels))
-    memory = (smallest_memory(prepared) + full_memory(prepared)) // 2
-    reduced = open_model(folder, RuntimeConfig(memory, 64, kernels=kernels))
+    reduced = open_reduced(folder, kernels=kernels)
     changed = open_model(folder, RuntimeConfig(None, 64, kernels=kernels))
     assert reduced.elastic is not None
     assert changed.elastic is not None
@@ -275,9 +246,7 @@ def test_levels_are_chosen_by_errors_behind_the_rotation(
 @pytest.mark.parametrize("name", ["auto", "dfrot-100"])
 def test_by_calibration_text(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_qwen3(tmp_path / "source", **{**SMALL, "hidden_size": 64, "num_experts": 4})
-    text = tmp_path / "text.txt"
-    words = ("the", "experts", "of", "a", "layer", "are", "chosen", "by", "its", "router")
-    text.write_text(" ".join(np.random.RandomState(0).choice(words, 800)))
+    text = write_words(tmp_path / "text.txt", 800)
     arguments = ["--calibration", str(text), "--calibration-tokens", "512", "--expert-bits", "2", "--rotation", name]
     assert convert(source, tmp_path / "out", "--bpw", "6", *arguments) == 0
     plan = load_plan(tmp_path / "out")

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from mlxmoe.prepared import expert_layers, full_memory, smallest_streaming
 from mlxmoe.reader import Reader
 from mlxmoe.streaming import Beside, group_pairs
 
+pytestmark = pytest.mark.usefixtures("limits")
+
 CONTEXT = 128
 PROMPT = mx.array([[5 + i * 7 % 250 for i in range(70)]])
 
@@ -45,15 +47,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_architecture(root / case, case)
         assert convert(root / case, root / f"{case}-converted", "--bpw", "9") == 0
     return {path.name: path for path in root.iterdir()}
-
-
-@pytest.fixture(autouse=True)
-def _limits() -> Iterator[None]:
-    """Loading sets MLX's limits for the whole process: put them back."""
-    memory, cache = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
-    yield
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
 
 
 def stream(source: Path, share: float = 0.0, **settings: Any) -> Loaded:
