@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import interrupted
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -64,17 +65,8 @@ def reference(source: Path) -> dict[str, str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], source: Path | str, output: Path, *arguments: str) -> str:
-    """Converts, checks that it fails as bad input should, and returns the message."""
-    capsys.readouterr()
-    assert convert(Path(source), output, *(arguments or ("--bpw", "5"))) == 2
-    captured = capsys.readouterr()
-    *_, message, hint = captured.err.replace("\r", "\n").splitlines()
-    assert message.startswith("mlxmoe: error: ")
-    assert hint.startswith("hint: ")
-    assert len(hint) > 12
-    assert "Traceback" not in captured.err
-    assert captured.out == ""
-    return message.removeprefix("mlxmoe: error: ")
+    """What a conversion says that is refused."""
+    return interrupted.refused(capsys, lambda: convert(Path(source), output, *(arguments or ("--bpw", "5"))))
 
 
 # Sources --------------------------------------------------------------------------------------------------------------
@@ -377,15 +369,8 @@ def test_disk_full_at_any_byte(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with 400 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "mlxmoe-test", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with interrupted.mounted(tmp_path / "disk", "400k") as folder:
+        yield folder
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
@@ -433,74 +418,16 @@ def test_other_faults_of_the_disk_are_not_called_full(
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
 
-# Forks a converter that kills itself at the N-th rename of a file (before it, or with a minus after it), in the middle
-# of removing the work folder's state, or before the last rename; then one that resumes. Prints the exit status of both.
-# A fork is ten times quicker than a start, and safe here because nothing of MLX has run yet.
-_KILLER = """
-import os, shutil, signal, sys
-import mlx.core, mlxmoe.convert.cli
-from mlxmoe.cli import main
-source, folder = sys.argv[1:3]
-real_replace, real_rename, real_rmtree = os.replace, os.rename, shutil.rmtree
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def patch(moment):
-    seen = 0
-    def replace(old, new):
-        nonlocal seen
-        seen += 1
-        if str(seen) == moment:
-            die()
-        real_replace(old, new)
-        if str(-seen) == moment:
-            die()
-    def rmtree(path):
-        names = sorted(os.listdir(path))
-        for name in names[: len(names) // 2]:
-            os.unlink(os.path.join(path, name))
-        die()
-    def rename(old, new):
-        die()
-    os.replace = replace
-    if moment == "state":
-        shutil.rmtree = rmtree
-    if moment == "rename":
-        os.rename = rename
-
-def forked(moment, *extra):
-    pid = os.fork()
-    if pid == 0:
-        sys.stderr = sys.stdout = open(os.devnull, "w")
-        patch(moment)
-        os._exit(main(["convert", source, os.path.join(folder, "out" + first), "--bpw", "6", *extra]))
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-for first in sys.argv[3:]:
-    print(first, forked(first), forked("never", "--resume"), flush=True)
-"""
-
 
 def test_killed_at_every_step(tmp_path: Path) -> None:
-    """SIGKILL around every artefact: what --resume makes of it is byte for byte the uninterrupted result."""
     source = write_qwen3(tmp_path / "source", **SMALL)
     assert convert(source, tmp_path / "whole", "--bpw", "6") == 0
-    whole = snapshot(tmp_path / "whole")
-    work = tmp_path / "work"
-    work.mkdir()
     # job; rotation and errors of 2 layers, the trunk measured; plan; 2 experts files and the trunk with a note each; 3 side
     # files; plan
     last = 1 + 2 * 2 + 1 + 1 + 2 * 3 + 3 + 1
-    moments = [*map(str, range(1, last + 1)), str(-last), "state", "rename"]
-    done = subprocess.run(
-        run_child(_KILLER, str(source), str(work), *moments), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{moment} {-signal.SIGKILL} 0" for moment in moments]
-    assert {path.name for path in work.iterdir()} == {f"out{moment}" for moment in moments}
-    for moment in moments:
-        assert snapshot(work / f"out{moment}") == whole, moment
+    (tmp_path / "work").mkdir()
+    words = ["convert", str(source), "--bpw", "6"]
+    interrupted.check_killed_at_every_step("mlxmoe.convert.cli", words, last, tmp_path / "whole", tmp_path / "work")
 
 
 def _start(source: Path, output: Path) -> subprocess.Popen[bytes]:

@@ -8,13 +8,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import interrupted
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_map, tree_unflatten
@@ -27,7 +27,6 @@ from toy_checkpoints import (
     edit_weights,
     flip_bit,
     folder_nbytes,
-    run_child,
     snapshot,
     write_architecture,
     write_qwen3,
@@ -52,16 +51,8 @@ def repack(source: Path, output: Path, *arguments: str) -> int:
 
 
 def refused(capsys: pytest.CaptureFixture[str], source: Path | str, output: Path, *arguments: str) -> str:
-    """Repacks, checks that it fails as bad input should, and returns the message."""
-    capsys.readouterr()
-    assert repack(Path(source), output, *arguments) == 2
-    captured = capsys.readouterr()
-    *_, message, hint = captured.err.replace("\r", "\n").splitlines()
-    assert message.startswith("mlxmoe: error: ")
-    assert hint.startswith("hint: ")
-    assert "Traceback" not in captured.err
-    assert captured.out == ""
-    return message.removeprefix("mlxmoe: error: ")
+    """What a repacking says that is refused."""
+    return interrupted.refused(capsys, lambda: repack(Path(source), output, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -364,13 +355,8 @@ def test_disk_full_at_any_byte(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with 200 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "mlxmoe-test", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with interrupted.mounted(tmp_path / "disk", "200k") as folder:
+        yield folder
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="no mount command")
@@ -410,65 +396,11 @@ def test_other_faults_of_the_disk_are_not_called_full(
 
 # Processes that are killed ----------------------------------------------------------------------------------------------
 
-# Forks a repacking that kills itself at the N-th rename of a file (before it, or with a minus after it), in the middle
-# of removing the work folder's state, or before the last rename; then one that resumes. Prints the exit status of both.
-_KILLER = """
-import os, shutil, signal, sys
-import mlx.core, mlxmoe.repack
-from mlxmoe.cli import main
-source, folder = sys.argv[1:3]
-real_replace = os.replace
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def patch(moment):
-    seen = 0
-    def replace(old, new):
-        nonlocal seen
-        seen += 1
-        if str(seen) == moment:
-            die()
-        real_replace(old, new)
-        if str(-seen) == moment:
-            die()
-    def rmtree(path):
-        names = sorted(os.listdir(path))
-        for name in names[: len(names) // 2]:
-            os.unlink(os.path.join(path, name))
-        die()
-    os.replace = replace
-    if moment == "state":
-        shutil.rmtree = rmtree
-    if moment == "rename":
-        os.rename = die
-
-def forked(moment, *extra):
-    pid = os.fork()
-    if pid == 0:
-        sys.stderr = sys.stdout = open(os.devnull, "w")
-        patch(moment)
-        os._exit(main(["repack", source, os.path.join(folder, "out" + first), *extra]))
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-for first in sys.argv[3:]:
-    print(first, forked(first), forked("never", "--resume"), flush=True)
-"""
-
 
 def test_killed_at_every_step(stock: Path, repacked: Path, tmp_path: Path) -> None:
-    """SIGKILL around every file: what --resume makes of it is byte for byte the uninterrupted result."""
     # job; 2 experts files and the trunk with a note each; side files; repack.json
     last = 1 + 2 * 3 + len(open_side_files(repacked)) + 1
-    moments = [*map(str, range(1, last + 1)), str(-last), "state", "rename"]
-    done = subprocess.run(
-        run_child(_KILLER, str(stock), str(tmp_path), *moments), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{moment} {-signal.SIGKILL} 0" for moment in moments]
-    assert {path.name for path in tmp_path.iterdir()} == {f"out{moment}" for moment in moments}
-    for moment in moments:
-        assert snapshot(tmp_path / f"out{moment}") == snapshot(repacked), moment
+    interrupted.check_killed_at_every_step("mlxmoe.repack", ["repack", str(stock)], last, repacked, tmp_path)
 
 
 def open_side_files(folder: Path) -> list[str]:
