@@ -187,7 +187,7 @@ def _sample_layer(
     sampling = site is not None and count > 0
     paths = [f"{site.path}.{shape.name}" for shape in source.shapes[site.path]] if site and sampling else []
     sums = {path: Accumulator(path, site.num_experts) for path in paths if site}
-    observed = observe(walk, i, "hidden", site, paths[0], paths[-1]) if site and sampling else None
+    observed = observe(walk, i, "hidden", site) if site and sampling else None
     experts = stratified(observed.tokens, count) if observed else np.zeros(0, np.int64)
     kept = {path: _Rows(experts) for path in paths}
     with walk.spill("gradient", i) as write:

@@ -42,6 +42,7 @@ from mlxmoe.convert.replicas import (
     variance_weights,
 )
 from mlxmoe.convert.rotate import adaptive, make_rotation
+from mlxmoe.convert.scores import HUGE
 from mlxmoe.convert.source import PROJECTIONS, Source, TrunkTensor
 from mlxmoe.convert.stats import Accumulator, Moments
 from mlxmoe.convert.stream import LayerStream, Record
@@ -56,7 +57,6 @@ COMBINATIONS = ("mean", "variance", "learned", "selective")
 _SAMPLE = 1024  # inputs kept of every matrix, for fitted rotations and combining weights
 _PER_EXPERT = 64  # of them used for the combining weights of one expert
 _OFFSETS = (0.0, 0.25, 0.5, -0.25)  # of the grid, in steps: two bits a group
-_HUGE = 10.0  # times the root mean square of the layer: what counts as a massive activation
 _ADAPTIVE_EXPERTS = 4  # by whose error the adaptive rotation is chosen
 _KEPT_COPIES = 8  # of the whole model's experts, coded: several variants have the same
 _BATCH_TOKENS = 2048
@@ -75,7 +75,7 @@ class Site(NamedTuple):
 class Statistics(NamedTuple):
     """Of one site on calibration text. By projection: moments, and a sample of inputs [T, K] with their experts [T].
 
-    Per expert: frequency (share of all tokens), massive (share of the values before the last projection that exceed _HUGE
+    Per expert: frequency (share of all tokens), massive (share of the values before the last projection that exceed HUGE
     times their root mean square), concentration (largest share of its tokens that is of one domain).
     """
 
@@ -414,7 +414,7 @@ def _statistics(site: Site, batches: Sequence[dict[str, Record]], domains: Seque
     counts = np.zeros((site.num_experts, int(of_rows.max()) + 1))
     np.add.at(counts, (chosen, of_rows), 1)
     values = np.concatenate([record.inputs for record in last])
-    huge = (np.abs(values) > _HUGE * np.sqrt(np.square(values).mean())).mean(axis=1)
+    huge = (np.abs(values) > HUGE * np.sqrt(np.square(values).mean())).mean(axis=1)
     total = np.maximum(counts.sum(axis=1), 1)
     massive = np.bincount(chosen, weights=huge, minlength=site.num_experts) / total
     return Statistics(moments, inputs, experts, counts.sum(axis=1) / tokens, massive, counts.max(axis=1) / total)

@@ -83,7 +83,7 @@ def code_copies(
     replication = layers.config.replicas
     if replication is None or replication.combine != "learned":
         return planned
-    observed = observe(layers.walk, i, kind, layers.sites[i], paths[0], paths[-1])
+    observed = observe(layers.walk, i, kind, layers.sites[i])
     return learn_weights(layers.stream.module(planned.path), observed, planned, copies)
 
 

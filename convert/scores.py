@@ -18,6 +18,7 @@ import numpy as np
 from mlxmoe.convert.calibrated import Seen
 from mlxmoe.convert.measure import ExpertScores
 from mlxmoe.convert.walk import Walk
+from mlxmoe.convert.watch import watched
 from mlxmoe.models import ExpertSite
 
 SAMPLE = 64  # inputs of every expert that errors of its output are measured on
@@ -38,26 +39,24 @@ class Observed(NamedTuple):
     total_tokens: int
 
 
-def observe(walk: Walk, i: int, kind: str, site: ExpertSite, first: str, last: str) -> Observed:
-    """Runs a loaded layer over its hidden states of a kind. `first`, `last`: paths of its first and last projection.
-
-    The gate weight is the derivative of the sum of the layer's outputs by an expert's output, a value of it on average:
-    every architecture adds its experts up in its own code, and this needs none of it.
-    """
+def observe(walk: Walk, i: int, kind: str, site: ExpertSite) -> Observed:
+    """Runs a loaded layer over its hidden states of a kind and watches its experts (watch.py)."""
     samples: list[tuple[np.ndarray, ...]] = []
     sums = np.zeros((3, site.num_experts))
-    for rows in walk.batches():
-        hidden = walk.read(kind, i, rows)
-        done = walk.stream.differentiate(i, walk.batch(rows), hidden, mx.ones_like(hidden), [first, last])
-        before, behind = done.records[first], done.records[last]
-        assert behind.experts is not None
-        gates = behind.gradients.mean(axis=1)
-        norms = np.abs(gates) * np.linalg.norm(behind.outputs, axis=1)
-        huge = np.abs(behind.inputs) > HUGE * np.sqrt(np.square(behind.inputs).mean())
-        for total, weights in zip(sums, (np.ones(len(gates)), norms, huge.mean(axis=1)), strict=True):
-            total += np.bincount(behind.experts, weights=weights, minlength=site.num_experts)
-        key = np.random.default_rng(rows.start).random(len(gates))
-        samples = [_fewer(*samples, (behind.experts, key, gates, before.inputs))]
+    with watched(walk.stream.layers[i], walk.stream.path(i), site) as watch:
+        for rows in walk.batches():
+            walk.stream.run(i, walk.batch(rows), walk.read(kind, i, rows))
+            seen = watch.take()
+            call = seen.routed
+            inputs, hidden, outputs = (np.array(a.astype(mx.float32)) for a in (call.inputs, call.hidden, call.outputs))
+            slots = (seen.chosen[call.tokens] == call.experts[:, None]).argmax(axis=1)
+            gates = seen.weights[call.tokens, slots]
+            norms = np.abs(gates) * np.linalg.norm(outputs, axis=1)
+            huge = np.abs(hidden) > HUGE * np.sqrt(np.square(hidden).mean())
+            for total, weights in zip(sums, (np.ones(len(gates)), norms, huge.mean(axis=1)), strict=True):
+                total += np.bincount(call.experts, weights=weights, minlength=site.num_experts)
+            key = np.random.default_rng(rows.start).random(len(gates))
+            samples = [_fewer(*samples, (call.experts, key, gates, inputs))]
     experts, _, gates, inputs = samples[0]
     return Observed(inputs, experts, gates, sums[0].astype(np.int64), sums[1], sums[2], walk.num_tokens)
 

@@ -66,7 +66,7 @@ def _expert_losses(layers: Layers, i: int, moments: dict[str, Moments]) -> dict[
     shapes, feedback = layers.source.shapes[site.path], layers.calibration.method == "gptq"
     scoring = None
     if layers.config.allocation.needs_scores:
-        observed = observe(layers.walk, i, "hidden", site, paths[0], paths[-1])
+        observed = observe(layers.walk, i, "hidden", site)
         scoring = Scoring(layers.stream.module(site.path), observed, len(shapes), len(levels))
     rotated = _choose_rotations(layers, i, moments)
     save_rotations(layers.walk.folder, site.layer, rotated)

@@ -59,9 +59,8 @@ class Seen:
 def test_counts_gates_and_contributions(case: str, tmp_path: Path) -> None:
     source, walk, i = prepared(tmp_path, case)
     site = source.sites[0]
-    first, last = (f"{site.path}.{source.shapes[site.path][p].name}" for p in (0, -1))
     with walk.stream.loaded(i):
-        found = observe(walk, i, "hidden", site, first, last)
+        found = observe(walk, i, "hidden", site)
         seen = Seen(walk, i, site.path)
         experts, gates = seen.experts, gate_weights(case, walk.stream.layers[i].mlp, seen)
     assert found.total_tokens == TOKENS.size
@@ -74,6 +73,27 @@ def test_counts_gates_and_contributions(case: str, tmp_path: Path) -> None:
     for x, e, gate in zip(found.inputs, found.experts, found.gates, strict=True):
         t = places[x.tobytes()]
         assert gate == pytest.approx(gates[t][experts[t] == e][0], rel=1e-4)
+
+
+def test_gates_where_a_norm_stands_behind_the_sum(tmp_path: Path) -> None:
+    """Gemma 4 normalises the sum of the experts' outputs: the gates are still those of its router."""
+    source, walk, i = prepared(tmp_path, "gemma4_text")
+    layer, kept = walk.stream.layers[i], []
+
+    def router(x: mx.array) -> Any:
+        kept.append(original(x))
+        return kept[-1]
+
+    with walk.stream.loaded(i):
+        found = observe(walk, i, "hidden", source.sites[0])
+        original, layer.router = layer.router, router
+        walk.stream.run(i, mx.array(TOKENS), walk.read("hidden", i, slice(0, len(TOKENS))))
+        layer.router = original
+        experts, gates = (np.array(a).reshape(-1) for a in kept[0])
+    for e in range(source.sites[0].num_experts):
+        mine = found.gates[found.experts == e]
+        assert len(mine)
+        assert np.abs(mine[:, None] - gates[experts == e]).min(axis=1).max() < 1e-5
 
 
 def gate_weights(case: str, block: Any, seen: Seen) -> np.ndarray:
@@ -92,12 +112,12 @@ def test_massive_values_are_those_far_above_the_mean_square(tmp_path: Path) -> N
     """One hidden channel of expert 2 is scaled up: it, and hardly anything else, is massive."""
     source, walk, i = prepared(tmp_path, "qwen3")
     site = source.sites[0]
-    gate, up, down = (f"{site.path}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+    gate, up = (f"{site.path}.{name}" for name in ("gate_proj", "up_proj"))
     with walk.stream.loaded(i):
         weight = walk.stream.weight(f"{up}.weight")
         weight[2, 5] *= 100
         walk.stream.replace([(f"{up}.weight", weight)])
-        found = observe(walk, i, "hidden", site, gate, down)
+        found = observe(walk, i, "hidden", site)
         seen = Seen(walk, i, site.path)
         inputs, indices = mx.array(seen.x)[:, None, None], mx.array(seen.experts)
         module = walk.stream.module
@@ -119,7 +139,7 @@ def test_scores_of_quantized_experts(tmp_path: Path) -> None:
     values: dict[tuple[int, int], np.ndarray] = {}
     with walk.stream.loaded(i):
         module = walk.stream.module(site.path)
-        observed = observe(walk, i, "hidden", site, f"{site.path}.gate_proj", f"{site.path}.down_proj")
+        observed = observe(walk, i, "hidden", site)
         scoring = Scoring(module, observed, len(shapes), len(LEVELS))
         before = run(module, observed)
         for p, shape in enumerate(shapes):
