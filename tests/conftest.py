@@ -44,3 +44,11 @@ def limits() -> Iterator[None]:
     yield
     mx.set_memory_limit(memory)
     mx.set_cache_limit(cache)
+
+
+@pytest.fixture
+def on_cpu() -> Iterator[None]:
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from toy_checkpoints import run_child, snapshot
+
+from mlxmoe.work import HashingWriter
 
 
 def refused(capsys: pytest.CaptureFixture[str], command: Callable[[], int]) -> str:
@@ -35,6 +39,23 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
         pytest.skip("mounting a tmpfs needs root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def full_disk(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> Iterator[None]:
+    """A disk that takes `nbytes` more and then no byte."""
+    write, left = HashingWriter.write, nbytes
+
+    def limited(self: HashingWriter, data: bytes) -> None:
+        nonlocal left
+        left -= len(data)
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HashingWriter, "write", limited)
+        yield
 
 
 # Forks a command that kills itself at the N-th rename of a file (before it, or with a minus after it), in the middle of

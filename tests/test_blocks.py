@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -24,6 +23,8 @@ from mlxmoe.formats import MatrixShape
 from mlxmoe.kernels import ExpertBanks, PlaneBank, ReferenceKernels, activation_of
 from mlxmoe.models import expert_sites, model_classes
 from mlxmoe.router import Router, Routing
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 TOLERANCE = 1e-5  # float32 on both sides, outputs of order 1
 # How far apart neighbouring values of a type are, relatively: scores further apart keep their order when they are rounded.
@@ -174,14 +175,6 @@ class Chooser(ReferenceKernels):
         if self.router.score == "sigmoid":
             return mx.sigmoid(logits) + (0 if self.bias is None else self.bias)
         return mx.softmax(logits, axis=-1) if self.router.score == "softmax" else logits
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu() -> Iterator[None]:
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
 
 
 @cache

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from toy_checkpoints import (
+    SMALL,
     convert,
     edit_weights,
     folder_nbytes,
@@ -36,8 +37,6 @@ from mlxmoe.convert.stats import Moments, unseen_directions
 from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, evaluate
-
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from toy_checkpoints import (
+    SMALL,
     convert,
     load_plan,
     open_model,
@@ -31,7 +32,6 @@ from mlxmoe.convert.write import pack_matrix
 from mlxmoe.formats import MatrixShape
 from mlxmoe.plan import ExpertEntry, LayerPlan
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
 BIASED = {
     "num_hidden_layers": 2,
     "hidden_size": 64,

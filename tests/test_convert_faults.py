@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from toy_checkpoints import (
+    SMALL,
     convert,
     edit_config,
     edit_weights,
@@ -342,18 +343,8 @@ def test_disk_full_at_any_byte(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The disk takes `nbytes` more and then no byte: in the work folder's own files and in every kind of result."""
-    write, left = HashingWriter.write, nbytes
-
-    def limited(self: HashingWriter, data: bytes) -> None:
-        nonlocal left
-        left -= len(data)
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, data)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HashingWriter, "write", limited)
+    """In the work folder's own files and in every kind of result."""
+    with interrupted.full_disk(monkeypatch, nbytes):
         message = refused(capsys, source, tmp_path / "out")
     assert "the disk is full" in message
     assert not (tmp_path / "out").exists()
@@ -415,8 +406,6 @@ def test_other_faults_of_the_disk_are_not_called_full(
 
 
 # Processes that are killed --------------------------------------------------------------------------------------------
-
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
 
 
 def test_killed_at_every_step(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from mlxmoe.models import (
     text_config,
 )
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
+
 VECTORS = Path(__file__).resolve().parent / "vectors"
 RECORDS: dict[str, dict[str, Any]] = {path.stem: json.loads(path.read_text()) for path in VECTORS.glob("*.json")}
 CASES = sorted(RECORDS)
@@ -39,14 +40,6 @@ EVERY = [
     for layout in RECORDS[case]["layouts"]
 ]
 TOLERANCE = 1e-4  # float32 on both sides, logits of order 1; measured in docs/architectures.md
-
-
-@pytest.fixture(autouse=True)
-def _on_cpu() -> Iterator[None]:
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(device)
 
 
 def golden(case: str, layout: str) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from toy_checkpoints import write_qwen3
+from toy_checkpoints import SMALL, write_qwen3
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.polish import (
@@ -36,8 +36,6 @@ from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.write import pack_matrix
 from mlxmoe.formats import MatrixShape, dequantize_codes, join_planes, unpack_codes
 from mlxmoe.rotation import IDENTITY, plain_rotation, rotate
-
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
 
 
 def experts(levels: tuple[int, ...] = (2, 3), rotation: str = "none", seed: int = 0) -> tuple[np.ndarray, Stored]:

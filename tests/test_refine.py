@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toy_checkpoints import convert, load_plan, write_qwen3
+from toy_checkpoints import SMALL, convert, load_plan, write_qwen3
 from toy_text import write_words
 
 from mlxmoe.checkpoint import open_checkpoint
@@ -28,8 +28,6 @@ from mlxmoe.convert.refine import (
     refine,
 )
 from mlxmoe.convert.tokens import read_tokenizer
-
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
 
 
 @pytest.fixture(scope="module")

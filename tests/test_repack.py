@@ -329,18 +329,8 @@ def test_disk_full_at_any_byte(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The disk takes `nbytes` more and then no byte: in the work folder's own files and in every kind of result."""
-    write, left = HashingWriter.write, nbytes
-
-    def limited(self: HashingWriter, data: bytes) -> None:
-        nonlocal left
-        left -= len(data)
-        if left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(self, data)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(HashingWriter, "write", limited)
+    """In the work folder's own files and in every kind of result."""
+    with interrupted.full_disk(monkeypatch, nbytes):
         assert "the disk is full" in refused(capsys, stock, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     before = snapshot(tmp_path / "out.partial")

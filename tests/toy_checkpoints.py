@@ -29,6 +29,7 @@ from mlxmoe.store import TensorInfo, read_header
 VECTORS = Path(__file__).resolve().parent / "vectors"
 VOCAB = 320  # more than the byte-level tokenizer needs
 SHAPE = CheckpointShape(num_hidden_layers=3, hidden_size=128, moe_intermediate_size=128, max_position_embeddings=512)
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}  # for write_qwen3
 
 # A config without vectors: Mamba and experts of the SwitchMLP kind (fc1, fc2 and no gate).
 NEMOTRON_H: dict[str, Any] = {
