@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from mlxmoe.convert.calibrate import Calibration
+
+SHORT = 64
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -35,6 +39,14 @@ def tiny_model(shared_dir: Path) -> Path:
     if not (path / "config.json").is_file():
         _absent(f"the test model {path.name}")
     return path
+
+
+@pytest.fixture(scope="module")
+def short_windows() -> Iterator[None]:
+    """`mlxmoe convert` with windows of SHORT tokens of calibration text in place of 512: toy models need no more."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("mlxmoe.convert.cli.Calibration", partial(Calibration, window=SHORT))
+        yield
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from mlxmoe.convert.write import pack_matrix
 from mlxmoe.formats import MatrixShape
 from mlxmoe.plan import ExpertEntry, LayerPlan
 
+pytestmark = pytest.mark.usefixtures("short_windows")
+
 BIASED = {
     "num_hidden_layers": 2,
     "hidden_size": 64,
@@ -40,7 +42,7 @@ BIASED = {
     "n_group": 1,
     "topk_group": 1,
 }
-CALIBRATED = ["--bpw", "6", "--expert-bits", "2,4", "--calibration-tokens", "1024", "--calibration"]
+CALIBRATED = ["--bpw", "6", "--expert-bits", "2,4", "--calibration-tokens", "256", "--calibration"]
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ from mlxmoe.convert.refine import (
 )
 from mlxmoe.convert.tokens import read_tokenizer
 
+pytestmark = pytest.mark.usefixtures("short_windows")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -131,7 +133,8 @@ def test_goes_on_where_it_was_stopped(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two rounds, stopped before the writing: what was measured is not measured again."""
-    arguments = ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "512", "--expert-bits", "2,4"]
+    arguments = ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "128", "--expert-bits", "2,4"]
+    monkeypatch.setattr("mlxmoe.convert.refine.TOKENS", 256)
     arguments += ["--refine", "2"]
 
     def stop(*_: Any, **__: Any) -> None:

@@ -40,7 +40,7 @@ from mlxmoe.prepared import expert_layers
 from mlxmoe.rotation import dense, plain_rotation
 from mlxmoe.store import layer_records, read_header
 
-pytestmark = pytest.mark.usefixtures("limits")
+pytestmark = pytest.mark.usefixtures("limits", "short_windows")
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 6}
 ROTATION = ["--rotation", "randomised-hadamard"]
@@ -204,7 +204,7 @@ def test_what_outputs_count(source: Path, folders: dict[str, Path], tmp_path: Pa
 
 @pytest.mark.parametrize("combine", ["mean", "learned"])
 def test_by_calibration_text(combine: str, source: Path, tmp_path: Path) -> None:
-    arguments = ["--calibration", str(write_words(tmp_path / "text.txt", 800)), "--calibration-tokens", "512"]
+    arguments = ["--calibration", str(write_words(tmp_path / "text.txt", 800)), "--calibration-tokens", "256"]
     arguments += ["--expert-bits", "2", *ROTATION, "--replicas", "sensitivity:0.5", "--combine", combine]
     assert convert(source, tmp_path / "out", "--bpw", "8", *arguments) == 0
     close(logits(open_model(tmp_path / "out")), logits(written_out(tmp_path / "out", written_levels(tmp_path / "out"))))

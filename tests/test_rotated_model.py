@@ -43,7 +43,7 @@ from mlxmoe.prepared import expert_layers
 from mlxmoe.rotation import ONE_COPY, PLAIN, STORED, LayerRotations, RotationRule, random_signs
 from mlxmoe.store import layer_header, read_header
 
-pytestmark = pytest.mark.usefixtures("limits")
+pytestmark = pytest.mark.usefixtures("limits", "short_windows")
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 6}
 NAMES = [name for name in PLAIN if name not in ("none", "block-hadamard-128")]  # 64 hidden values
@@ -247,7 +247,7 @@ def test_levels_are_chosen_by_errors_behind_the_rotation(
 def test_by_calibration_text(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_qwen3(tmp_path / "source", **{**SMALL, "hidden_size": 64, "num_experts": 4})
     text = write_words(tmp_path / "text.txt", 800)
-    arguments = ["--calibration", str(text), "--calibration-tokens", "512", "--expert-bits", "2", "--rotation", name]
+    arguments = ["--calibration", str(text), "--calibration-tokens", "256", "--expert-bits", "2", "--rotation", name]
     assert convert(source, tmp_path / "out", "--bpw", "6", *arguments) == 0
     plan = load_plan(tmp_path / "out")
     chosen = [rule.name for layer in plan.layers for rule in layer.rotations]
