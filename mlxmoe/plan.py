@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxmoe.errors import UserError
+from mlxmoe.files import parse_versioned
 from mlxmoe.formats import ABSENT, GROUP_SIZES, LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
 from mlxmoe.rotation import NAMES, UNROTATED, LayerRotations, RotationRule, fits
 
@@ -196,19 +197,9 @@ class Plan:
     @classmethod
     def loads(cls, text: str, name: str = PLAN_FILE) -> Plan:
         """Raises UserError for text that is no plan or is one of a newer version."""
+        data = parse_versioned(text, name, "a plan of mlxmoe", PLAN_FORMAT, PLAN_VERSION, "convert the model again")
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name} is not valid JSON ({error})", "convert the model again") from None
-        if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
-            raise UserError(f"{name} is not a plan of mlxmoe", "convert the model again")
-        version = data.get("version")
-        if isinstance(version, int) and version > PLAN_VERSION:
-            raise UserError(
-                f"{name} has format version {version}, this mlxmoe reads up to {PLAN_VERSION}",
-                "update mlxmoe: pip install --upgrade mlxmoe",
-            )
-        try:
+            version = data.get("version")
             if not isinstance(version, int) or version < 1:
                 raise ValueError(f"format version {version!r}")
             return cls(

@@ -31,6 +31,7 @@ from mlxmoe import __version__
 from mlxmoe.arguments import note, print_json
 from mlxmoe.checkpoint import REPACK_FILE, Checkpoint, open_checkpoint, side_files
 from mlxmoe.errors import UserError
+from mlxmoe.files import parse_versioned
 from mlxmoe.formats import array_bytes
 from mlxmoe.models import ExpertSite
 from mlxmoe.plan import FileEntry
@@ -115,19 +116,9 @@ class Manifest:
     @classmethod
     def loads(cls, text: str, name: str = REPACK_FILE) -> Manifest:
         """Raises UserError for text that is no manifest or is one of a newer version."""
+        data = parse_versioned(text, name, "a manifest of mlxmoe repack", REPACK_FORMAT, REPACK_VERSION, _AGAIN)
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name} is not valid JSON ({error})", _AGAIN) from None
-        if not isinstance(data, dict) or data.get("format") != REPACK_FORMAT:
-            raise UserError(f"{name} is not a manifest of mlxmoe repack", _AGAIN)
-        version = data.get("version")
-        if isinstance(version, int) and version > REPACK_VERSION:
-            raise UserError(
-                f"{name} has format version {version}, this mlxmoe reads up to {REPACK_VERSION}",
-                "update mlxmoe: pip install --upgrade mlxmoe",
-            )
-        try:
+            version = data.get("version")
             if version != REPACK_VERSION:
                 raise ValueError(f"format version {version!r}")
             return cls(
