@@ -7,6 +7,7 @@ Each command is a module with `add_arguments(parser)` and `run(args)`, imported 
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -68,6 +69,18 @@ COMMANDS = {
 }
 
 
+_FULL = ("the disk is full", "make room and run it again; TMPDIR says where temporary files go")
+_DENIED = ("permission denied", "change the permissions, or name another file or folder")
+# What a disk may refuse that is no fault of the program
+_DISK = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: ("the file system cannot be written to", _DENIED[1]),
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with the errors of the rest of the program: one sentence and a hint, exit status 2."""
 
@@ -120,6 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001 - the last word of the program, whatever failed
+        if isinstance(error, OSError) and error.errno in _DISK:
+            sentence, hint = _DISK[error.errno]
+            _show(debug, f"{error.filename}: {sentence}" if error.filename else sentence, hint)
+            return 2
         hint = "run it again with --debug for the traceback; if this looks like a fault of mlxmoe, please report it"
         _show(debug, f"{type(error).__name__}: {error}", hint)
         return 1

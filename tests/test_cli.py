@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import subprocess
@@ -78,6 +79,30 @@ def test_unexpected_error(fake: Fake, capsys: pytest.CaptureFixture[str]) -> Non
     assert (out, error) == ("", "mlxmoe: error: RuntimeError: three is not two")
     assert hint.startswith("hint: ")
     assert "--debug" in hint
+
+
+@pytest.mark.parametrize(
+    ("code", "path", "words"),
+    [
+        (errno.ENOSPC, None, "mlxmoe: error: the disk is full\nhint: make room"),
+        (errno.EDQUOT, "/a/b", "mlxmoe: error: /a/b: the disk is full\nhint: make room"),
+        (errno.EACCES, "/a/b", "mlxmoe: error: /a/b: permission denied\nhint: change"),
+        (errno.EROFS, "/a/b", "mlxmoe: error: /a/b: the file system cannot be written to\nhint: change"),
+    ],
+)
+def test_what_a_disk_refuses_is_no_fault_of_the_program(
+    fake: Fake, capsys: pytest.CaptureFixture[str], code: int, path: str | None, words: str
+) -> None:
+    fake(failing(OSError(code, os.strerror(code), path)))
+    assert main(["chat"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(words)
+    assert "report" not in err
+
+
+def test_other_errors_of_the_system_are(fake: Fake) -> None:
+    fake(failing(OSError(errno.EIO, os.strerror(errno.EIO))))
+    assert main(["chat"]) == 1
 
 
 @pytest.mark.parametrize(("error", "status"), [(UserError("no", "yes"), 2), (RuntimeError("no"), 1)])
