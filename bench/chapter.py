@@ -16,17 +16,22 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from mlxmoe import __version__
 from mlxmoe.arguments import note, print_json
 from mlxmoe.bench.arguments import add_study_arguments
 from mlxmoe.bench.simulate import COMBINATIONS, Recipe, Score, Simulation, Site, Variant, agreement, progressing
+from mlxmoe.bench.stats import identity
+from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
 from mlxmoe.convert.calibrate import file_sha256
 from mlxmoe.convert.gptq import output_errors
@@ -45,6 +50,7 @@ from mlxmoe.convert.rotate import choose_rotation, massive_tokens
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import read_text
 from mlxmoe.formats import choose_group_size
+from mlxmoe.parts import NOT_KEPT, Parts, kept_parts
 from mlxmoe.rotation import fits
 from mlxmoe.work import write_whole
 
@@ -61,6 +67,14 @@ class ChapterConfig:
     max_tokens: int = 4096
     calibration_tokens: int = 8192
     window: int = 256
+
+    def __post_init__(self) -> None:
+        if self.window < 2:
+            raise UserError(f"a window of {self.window} tokens predicts nothing", "256 is the default")
+        for name in ("max_tokens", "calibration_tokens"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is {getattr(self, name)}, expected 1 or more", f"leave {flag} out")
 
 
 QUICK = ChapterConfig(max_tokens=64, calibration_tokens=128, window=32)
@@ -814,46 +828,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a few tokens, to see that it runs (default: off)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the Markdown there (default: stdout)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run with --output that was stopped (default: no)"
+    )
 
 
-def chapter(simulation: Simulation, names: Sequence[str]) -> Iterator[Table]:
-    """Makes the named tables one after the other, with a bar on stderr."""
+def chapter(simulation: Callable[[], Simulation], names: Sequence[str], parts: Parts = NOT_KEPT) -> Iterator[Table]:
+    """Makes the named tables one after the other, but for those that `parts` have, with a bar on stderr."""
     with tqdm(names, unit=" tables", desc="chapter", dynamic_ncols=True) as bar:
-        bench = Bench(simulation, bar)
+        bench: Bench | None = None
         for name in bar:
-            yield TABLES[name](bench)
+            table = parts.get(name, Table)
+            if table is None:
+                bench = bench or Bench(simulation(), bar)
+                table = TABLES[name](bench)
+                parts.keep(name, table)
+            yield table
 
 
 def run(args: argparse.Namespace) -> int:
-    names = [name for name in args.tables.split(",") if name]
+    names = list(dict.fromkeys(name for name in args.tables.split(",") if name))
     unknown = sorted(set(names) - set(TABLES))
     if unknown or not names:
         raise UserError(f"there is no table {', '.join(unknown) or 'asked for'}", f"choose among {', '.join(TABLES)}")
-    config = QUICK if args.quick else ChapterConfig()
-    config = replace(
-        config,
-        max_tokens=config.max_tokens if args.max_tokens is None else args.max_tokens,
-        calibration_tokens=args.calibration_tokens or config.calibration_tokens,
-    )
+    given = {name: getattr(args, name) for name in ("max_tokens", "calibration_tokens")}
+    config = replace(QUICK if args.quick else ChapterConfig(), **{k: v for k, v in given.items() if v is not None})
+    if args.output is None and args.resume:
+        raise UserError("--resume needs a file beside which tables are kept", "give --output FILE")
+    if args.output is not None and not args.output.parent.is_dir():
+        raise UserError(f"there is no folder {args.output.parent}", "make it first, or write somewhere else")
     texts = [read_text(path) for path in args.text]
-    digest = file_sha256(args.calibration)
-    start = time.perf_counter()
-    simulation = Simulation(
-        args.model, texts, args.calibration, config.max_tokens, config.calibration_tokens, config.window
-    )
-    tables: list[Table] = []
-    for table in chapter(simulation, names):
-        tables.append(table)
-        if args.output:  # after every table: it may take hours
+    settings = {**vars(config), "model": str(args.model), "texts": args.text}
+    settings["calibration_sha256"] = file_sha256(args.calibration)
+    with _keeping(args.output, settings, args.resume) as parts:
+        start = time.perf_counter()
+        make = partial(Simulation, args.model, texts, args.calibration, *vars(config).values())
+        tables = list(chapter(make, names, parts))
+        note(f"{len(tables)} tables in {time.perf_counter() - start:.0f} s")
+        if args.output:
             write_whole(args.output, markdown(tables).encode())
-    note(f"{len(tables)} tables in {time.perf_counter() - start:.0f} s")
-    if not args.output:
-        print(markdown(tables))
+        else:
+            print(markdown(tables))
     if args.json:
-        settings = {**vars(config), "model": str(args.model), "texts": args.text, "calibration_sha256": digest}
         absent = [c._asdict() for c in NOT_TESTABLE]
         print_json({"settings": settings, "tables": [_plain(table) for table in tables], "not_testable": absent})
     return 0
+
+
+@contextmanager
+def _keeping(output: Path | None, settings: dict[str, Any], resume: bool) -> Iterator[Parts]:
+    """Where finished tables are kept until all are there: it may take hours."""
+    if output is None:
+        yield NOT_KEPT
+        return
+    texts = {Path(path).name: file_sha256(path) for path in settings["texts"]}
+    job = {**settings, "mlxmoe": __version__, "texts": texts, "model": identity(open_checkpoint(settings["model"]))}
+    with kept_parts(output, "chapter", job, resume) as (_, parts):
+        yield parts
 
 
 def _plain(table: Table) -> dict[str, object]:

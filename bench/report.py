@@ -1,8 +1,8 @@
 """`mlxmoe report OUT --output DIR`: what a conversion wrote, what that costs, and where; pictures, a page and report.json.
 
 The plan alone gives bytes, levels and expected losses. With --reference and --text it measures as well: KLD at several
-memory budgets and by domain (evaluate.py), errors and routing layer by layer (convert/compare.py). docs/report.md defines
-every number.
+memory budgets and by domain (evaluate.py), errors and routing layer by layer (convert/compare.py). What is measured is kept
+beside DIR until the report is there, so that a run that was stopped can go on. docs/report.md defines every number.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from mlxmoe.arguments import note, print_json
 from mlxmoe.bench.pages import bytes_rows, curve_rows, profile_rows, report_parts, stats_parts
-from mlxmoe.bench.stats import add_text_arguments, load_stats, plain, text_windows
+from mlxmoe.bench.stats import add_text_arguments, identity, load_stats, plain, text_job, text_windows
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.convert.activations import kinds
 from mlxmoe.convert.compare import ExpertErrors, LayerChange, compare
@@ -35,6 +34,7 @@ from mlxmoe.evaluate import EvalConfig, LogitsFn, Text, evaluate, remembered
 from mlxmoe.explain import tensor_class
 from mlxmoe.forecast import REMEMBERED_NBYTES
 from mlxmoe.loading import Loaded, open_model
+from mlxmoe.parts import NOT_KEPT, Parts, kept_parts
 from mlxmoe.pictures import check_target, text_table, write_report
 from mlxmoe.plan import LayerPlan, Plan
 from mlxmoe.prepared import Prepared, full_memory, machine_memory, prepare, smallest_memory
@@ -46,6 +46,16 @@ from mlxmoe.units import format_size, parse_size
 FORMAT, VERSION = "mlxmoe-report", 1
 JSON_FILE = "report.json"
 POINTS = 5
+
+
+class Asked(NamedTuple):
+    """What is measured, checked: the converted folder, its reference, budgets, and the text as documents and as windows."""
+
+    prepared: Prepared
+    reference: Checkpoint
+    budgets: list[int]
+    texts: list[Text]
+    windows: Windows
 
 
 class Measured(NamedTuple):
@@ -72,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stats", metavar="S", help="a file of mlxmoe stats --save S.json to draw as well (default: none)"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped (default: no)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
@@ -94,14 +105,16 @@ def run(args: argparse.Namespace) -> int:
         )
     plan = Plan.load(checkpoint.folder)
     result = describe(checkpoint, plan)
-    if args.reference:
-        measured = measure(checkpoint, args, budgets)
-        result |= {"reference": args.reference, "text": [Path(f).name for f in args.text], **measured._asdict()}
-    parts = report_parts(result) + (stats_parts(stats) if stats is not None else [])
-    if stats is not None:
-        result["stats"] = stats
-    data = json.dumps(result, ensure_ascii=False).encode()
-    written = write_report(output, f"mlxmoe report: {checkpoint.name}", parts, {JSON_FILE: data})
+    asked = ask(checkpoint, args, budgets) if args.reference else None
+    with kept_parts(output, "report", _job(checkpoint, asked, args), args.resume) as (folder, kept):
+        if asked is not None:
+            measured = measure(asked, args, folder, kept)
+            result |= {"reference": args.reference, "text": [Path(f).name for f in args.text], **measured._asdict()}
+        parts = report_parts(result) + (stats_parts(stats) if stats is not None else [])
+        if stats is not None:
+            result["stats"] = stats
+        data = json.dumps(result, ensure_ascii=False).encode()
+        written = write_report(output, f"mlxmoe report: {checkpoint.name}", parts, {JSON_FILE: data})
     for line in report_lines(result):
         print(line)
     for path in written:
@@ -109,6 +122,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     return 0
+
+
+def _job(checkpoint: Checkpoint, asked: Asked | None, args: argparse.Namespace) -> dict[str, Any]:
+    """What a run must share with one that was stopped. Budgets are not in it: each is a part of its own."""
+    if asked is None:
+        return {"model": identity(checkpoint)}
+    return text_job(checkpoint, args) | {"reference": identity(asked.reference)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,20 +233,27 @@ def _layer(layer: LayerPlan) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure(checkpoint: Checkpoint, args: argparse.Namespace, budgets: Sequence[int]) -> Measured:
-    """Errors and routing by layer, then KLD at every budget. Raises UserError for models that do not belong together."""
+def ask(checkpoint: Checkpoint, args: argparse.Namespace, budgets: Sequence[int]) -> Asked:
+    """Everything that can be refused before a model runs is refused here, with a UserError."""
     prepared = prepare(args.model, RuntimeConfig(kernels=None))
     budgets = check_budgets(prepared, budgets)
     tokenizer = read_tokenizer(checkpoint)
     domains = read_domains(args.text, tokenizer)
     windows = text_windows(checkpoint, domains, tokenizer, args)
     texts = [Text(name, documents) for name, documents in domains.items()]
-    changes = measure_layers(open_checkpoint(args.reference), checkpoint, windows)
-    profile = [describe_change(change, windows) for change in changes]
+    return Asked(prepared, open_checkpoint(args.reference), budgets, texts, windows)
+
+
+def measure(asked: Asked, args: argparse.Namespace, folder: Path, parts: Parts) -> Measured:
+    """Errors and routing by layer, hidden states in `folder`, then KLD at every budget; but for the parts that are there.
+    Raises UserError for models that do not belong together."""
+    changes = measure_layers(asked.reference, asked.prepared.checkpoint, asked.windows, folder, parts)
+    profile = [describe_change(change, asked.windows) for change in changes]
     loaded = open_model(args.model, RuntimeConfig(kernels=None))  # whose levels can change
     reference = open_model(args.reference, RuntimeConfig())
     config = EvalConfig(args.max_tokens, args.window)
-    return Measured(list(measure_curve(loaded, prepared, reference, texts, config, budgets)), profile)
+    curve = measure_curve(loaded, asked.prepared, reference, asked.texts, config, asked.budgets, parts)
+    return Measured(list(curve), profile)
 
 
 def check_budgets(prepared: Prepared, budgets: Sequence[int]) -> list[int]:
@@ -256,14 +283,20 @@ def measure_curve(
     texts: Sequence[Text],
     config: EvalConfig,
     budgets: Sequence[int],
+    parts: Parts = NOT_KEPT,
 ) -> Iterator[dict[str, Any]]:
-    """What `mlxmoe eval --memory` gives at every budget of a model that is loaded as a whole."""
+    """What `mlxmoe eval --memory` gives at every budget of a model that is loaded as a whole; but for the parts that are
+    there."""
     elastic, plan = loaded.elastic, prepared.plan
     assert elastic is not None
     assert plan is not None
     logits_nbytes = 4 * config.max_tokens * len(reference.tokenizer.get_vocab())
     wanted: LogitsFn = remembered(reference.model) if logits_nbytes <= REMEMBERED_NBYTES else reference.model
     for memory in budgets:
+        kept = parts.get(f"budget-{memory}", dict)
+        if kept is not None:
+            yield kept
+            continue
         elastic.resize(memory - prepared.nbytes_fixed(memory))
         residency = elastic.residency
         result = evaluate(loaded.model, loaded.tokenizer, texts, wanted, config, reference.tokenizer, progress=True)
@@ -273,18 +306,22 @@ def measure_curve(
             for expert in levels
             for shape, level in zip(layer.projections, expert, strict=True)
         )
-        yield {
+        row = {
             "memory": memory,
             "bytes_weights": prepared.nbytes_trunk + nbytes_experts,
             "expected_loss": plain(residency.expected_loss),
             "forecast": plain(plan.forecast.kld(residency.expected_loss)) if plan.forecast else None,
             "levels": {str(level): count for level, count in residency.histogram().items()},
             **{name: plain(value) for name, value in result.items() if name not in ("texts", "seconds")},
-            "domains": [{name: plain(value) for name, value in row.items()} for row in result["texts"]],
+            "domains": [{name: plain(value) for name, value in each.items()} for each in result["texts"]],
         }
+        parts.keep(f"budget-{memory}", row)
+        yield row
 
 
-def measure_layers(reference: Checkpoint, version: Checkpoint, windows: Windows) -> list[LayerChange]:
+def measure_layers(
+    reference: Checkpoint, version: Checkpoint, windows: Windows, folder: Path, parts: Parts
+) -> list[LayerChange]:
     """Raises UserError as compare does."""
     sources = open_weights(reference), open_weights(version)
     streams = [LayerStream(source) for source in sources]
@@ -293,12 +330,9 @@ def measure_layers(reference: Checkpoint, version: Checkpoint, windows: Windows)
             f"{reference.name} and {version.name} do not have the same experts",
             "compare a model with the checkpoint it was made from",
         )
-    with (
-        tempfile.TemporaryDirectory(prefix="mlxmoe-report-") as folder,
-        tqdm(total=len(streams[0].layers), unit=" layers", desc="compare", dynamic_ncols=True) as bar,
-    ):
-        first, second = (Walk(stream, windows.tokens, Path(folder)) for stream in streams)
-        return compare(first, second, windows, sources[0].sites, bar.update)
+    with tqdm(total=len(streams[0].layers), unit=" layers", desc="compare", dynamic_ncols=True) as bar:
+        first, second = (Walk(stream, windows.tokens, folder) for stream in streams)
+        return compare(first, second, windows, sources[0].sites, bar.update, parts)
 
 
 def describe_change(change: LayerChange, windows: Windows) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """`mlxmoe stats MODEL --text F...`: what a model's experts do on text, by layer, expert and domain.
 
 Runs the model layer by layer (convert/activations.py, whose numbers these are), prints a table by layer and what stands
-out, and keeps everything in a file if asked. docs/report.md defines every number. Reads any checkpoint that converts, and
-converted folders.
+out, and keeps everything in a file if asked; then the layers that are done are kept beside that file until it is there, and
+a run that was stopped can go on. docs/report.md defines every number. Reads any checkpoint that converts, and converted
+folders.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from mlxmoe import __version__
 from mlxmoe.arguments import note, print_json
 from mlxmoe.bench.pages import stats_parts
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
@@ -38,6 +41,7 @@ from mlxmoe.convert.activations import (
     specialisation,
     super_experts,
 )
+from mlxmoe.convert.calibrate import file_sha256
 from mlxmoe.convert.domains import Windows, choose_windows, read_domains
 from mlxmoe.convert.replicas import CONCENTRATED
 from mlxmoe.convert.stream import LayerStream
@@ -46,6 +50,7 @@ from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.written import open_weights
 from mlxmoe.errors import UserError
 from mlxmoe.models import max_context
+from mlxmoe.parts import NOT_KEPT, Parts, kept_parts
 from mlxmoe.pictures import check_target, text_table, write_report
 from mlxmoe.work import json_array, save_arrays, write_whole
 
@@ -89,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", metavar="OUT", help="also draw it: a page OUT.html, or a folder with page and PNGs (default: no)"
     )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a run that was stopped; with --save or --report (default: no)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
@@ -124,22 +132,50 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.model)
     tokenizer = read_tokenizer(checkpoint)
     windows = text_windows(checkpoint, read_domains(args.text, tokenizer), tokenizer, args)
-    statistics = measure(checkpoint, windows, threshold)
-    result = describe(statistics, tokenizer)
-    for line in report_lines(result):
-        print(line)
-    if save is not None:
-        if save.suffix == ".npz":
-            save_arrays(save, _arrays(statistics, result), compressed=True)
-        else:
-            write_whole(save, json.dumps(result).encode())
-        note(f"wrote {save}")
-    if report is not None:
-        for path in write_report(report, f"mlxmoe stats: {result['model']}", stats_parts(result)):
-            note(f"wrote {path}")
+    job = text_job(checkpoint, args) | {"threshold": {"factor": threshold.factor, "scale": threshold.scale}}
+    with _working(save or report, job, args.resume) as (folder, parts):
+        statistics = measure(checkpoint, windows, threshold, folder, parts)
+        result = describe(statistics, tokenizer)
+        for line in report_lines(result):
+            print(line)
+        if save is not None:
+            if save.suffix == ".npz":
+                save_arrays(save, _arrays(statistics, result), compressed=True)
+            else:
+                write_whole(save, json.dumps(result).encode())
+            note(f"wrote {save}")
+        if report is not None:
+            for path in write_report(report, f"mlxmoe stats: {result['model']}", stats_parts(result)):
+                note(f"wrote {path}")
     if args.json:
         print_json(result)
     return 0
+
+
+@contextmanager
+def _working(output: Path | None, job: dict[str, Any], resume: bool) -> Iterator[tuple[Path, Parts]]:
+    """A folder to work in, and what a run before has left of the same work: beside `output`; nowhere without one."""
+    if output is not None:
+        with kept_parts(output, "statistics run", job, resume) as work:
+            yield work
+    elif resume:
+        raise UserError("--resume needs a file beside which layers are kept", "give --save or --report")
+    else:
+        with tempfile.TemporaryDirectory(prefix="mlxmoe-stats-") as folder:
+            yield Path(folder), NOT_KEPT
+
+
+def text_job(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
+    """What says whether a run is the same as one that was stopped: the model and the text with its settings."""
+    texts = {Path(path).name: file_sha256(path) for path in args.text}
+    settings = {"max_tokens": args.max_tokens, "window": args.window}
+    return {"mlxmoe": __version__, "model": identity(checkpoint), "text": texts, **settings}
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Size and time of modification of every file of a folder."""
+    found = {path.name: path.stat() for path in sorted(checkpoint.folder.iterdir()) if path.is_file()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def text_windows(
@@ -152,15 +188,13 @@ def text_windows(
     return choose_windows(domains, tokenizer, args.max_tokens, args.window)
 
 
-def measure(checkpoint: Checkpoint, windows: Windows, threshold: Threshold) -> Statistics:
-    """Runs the model over the windows. Raises UserError as gather does."""
+def measure(checkpoint: Checkpoint, windows: Windows, threshold: Threshold, folder: Path, parts: Parts) -> Statistics:
+    """Runs the model over the windows, hidden states in `folder`. Raises UserError as gather does."""
     weights = open_weights(checkpoint)
     stream = LayerStream(weights)
-    with (
-        tempfile.TemporaryDirectory(prefix="mlxmoe-stats-") as folder,
-        tqdm(total=len(stream.layers), unit=" layers", desc="stats", dynamic_ncols=True) as bar,
-    ):
-        layers = gather(Walk(stream, windows.tokens, Path(folder)), windows, weights.sites, threshold, bar.update)
+    with tqdm(total=len(stream.layers), unit=" layers", desc="stats", dynamic_ncols=True) as bar:
+        walk = Walk(stream, windows.tokens, folder)
+        layers = gather(walk, windows, weights.sites, threshold, bar.update, parts)
     return Statistics(checkpoint.name, windows, threshold, layers)
 
 

@@ -26,6 +26,7 @@ from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.watch import Call, Seen, Watch, watched
 from mlxmoe.errors import UserError
 from mlxmoe.models import ExpertSite
+from mlxmoe.parts import NOT_KEPT, Parts
 
 KINDS = ("general", "domain", "specialised", "never")
 SCALES = ("rms", "median", "absolute")
@@ -272,20 +273,30 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def gather(
-    walk: Walk, windows: Windows, sites: Sequence[ExpertSite], threshold: Threshold, step: Callable[[int], object]
+    walk: Walk,
+    windows: Windows,
+    sites: Sequence[ExpertSite],
+    threshold: Threshold,
+    step: Callable[[int], object],
+    parts: Parts = NOT_KEPT,
 ) -> list[LayerNumbers]:
-    """All layers in turn; `step` is called with the number of layers done. Leaves no hidden states behind. Raises UserError
-    for values that are not finite."""
-    walk.embed(_KIND)
+    """All layers in turn, but for those that `parts` have; `step` is called with the number of layers done. Leaves no hidden
+    states behind. Raises UserError for values that are not finite."""
     found = []
     for i in range(len(walk.stream.layers)):
-        path = walk.stream.path(i)
-        site = next((s for s in sites if s.path.startswith(path + ".")), None)
-        with walk.stream.loaded(i):
-            found.append(_layer(walk, i, windows, site, threshold))
-        walk.path(_KIND, i).unlink()
+        numbers = parts.get(f"layer-{i}", LayerNumbers)
+        if numbers is None:
+            path = walk.stream.path(i)
+            site = next((s for s in sites if s.path.startswith(path + ".")), None)
+            if i == 0:
+                walk.embed(_KIND)
+            with walk.stream.loaded(i):
+                numbers = _layer(walk, i, windows, site, threshold)
+            parts.keep(f"layer-{i}", numbers)
+        found.append(numbers)
+        walk.path(_KIND, i).unlink(missing_ok=True)
         step(1)
-    walk.path(_KIND, len(walk.stream.layers)).unlink()
+    walk.path(_KIND, len(walk.stream.layers)).unlink(missing_ok=True)
     return found
 
 

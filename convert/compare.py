@@ -24,6 +24,7 @@ from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.watch import Seen, Watch, watched
 from mlxmoe.errors import UserError
 from mlxmoe.models import ExpertSite
+from mlxmoe.parts import NOT_KEPT, Parts
 
 _REFERENCE, _VERSION = "reference", "version"
 
@@ -88,28 +89,39 @@ class _Ratio:
 
 
 def compare(
-    reference: Walk, version: Walk, windows: Windows, sites: list[ExpertSite], step: Callable[[int], object]
+    reference: Walk,
+    version: Walk,
+    windows: Windows,
+    sites: list[ExpertSite],
+    step: Callable[[int], object],
+    parts: Parts = NOT_KEPT,
 ) -> list[LayerChange]:
-    """All layers in turn over the same tokens; `step` is called with the number of layers done. Both walks may share their
-    folder. Leaves no hidden states behind. Raises UserError for models that are not two versions of one."""
+    """All layers in turn over the same tokens, but for those that `parts` have; `step` is called with the number of layers
+    done. Both walks may share their folder. Leaves no hidden states behind. Raises UserError for models that are not two
+    versions of one."""
     if len(reference.stream.layers) != len(version.stream.layers):
         raise UserError(
             f"the reference has {len(reference.stream.layers)} layers, the model {len(version.stream.layers)}",
             "compare a model with the checkpoint it was made from",
         )
-    reference.embed(_REFERENCE)
-    version.embed(_VERSION)
+    walks = ((reference, _REFERENCE), (version, _VERSION))
     found = []
     for i in range(len(reference.stream.layers)):
-        path = reference.stream.path(i)
-        site = next((s for s in sites if s.path.startswith(path + ".")), None)
-        with reference.stream.loaded(i), version.stream.loaded(i):
-            found.append(_layer(reference, version, i, windows, site))
-        for walk, kind in ((reference, _REFERENCE), (version, _VERSION)):
-            walk.path(kind, i).unlink()
+        change = parts.get(f"layer-{i}", LayerChange)
+        if change is None:
+            path = reference.stream.path(i)
+            site = next((s for s in sites if s.path.startswith(path + ".")), None)
+            for walk, kind in walks if i == 0 else ():
+                walk.embed(kind)
+            with reference.stream.loaded(i), version.stream.loaded(i):
+                change = _layer(reference, version, i, windows, site)
+            parts.keep(f"layer-{i}", change)
+        found.append(change)
+        for walk, kind in walks:
+            walk.path(kind, i).unlink(missing_ok=True)
         step(1)
-    for walk, kind in ((reference, _REFERENCE), (version, _VERSION)):
-        walk.path(kind, len(walk.stream.layers)).unlink()
+    for walk, kind in walks:
+        walk.path(kind, len(walk.stream.layers)).unlink(missing_ok=True)
     return found
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxmoe.arguments import note
 from mlxmoe.errors import UserError
 from mlxmoe.plan import FileEntry
 from mlxmoe.units import format_size
@@ -77,14 +78,28 @@ def json_array(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
+def note_unfinished(folder: Path) -> None:
+    """Says, when a run is stopped, that the next one need not start over."""
+    if folder.exists():
+        note(f"{folder} keeps what is done: the same command with --resume goes on")
+
+
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of settings under dotted names, so that what differs can be named."""
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        result |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
+
+
 class WorkFolder:
-    """OUT.partial of one kind of work, whose noun stands in every message; `last` is the file that makes it complete.
-    restarts: the command can start over by itself.
+    """OUT.partial of one kind of work, whose noun stands in every message; `last` is the file that makes it complete, where
+    there is one. restarts: the command can start over by itself.
 
     Creates nothing before `locked`.
     """
 
-    def __init__(self, output: Path, noun: str, last: str, restarts: bool = False):
+    def __init__(self, output: Path, noun: str, last: str | None = None, restarts: bool = False):
         output = output if output.name else output.resolve()  # "." has no name
         self.output, self.noun, self._last, self._restarts = output, noun, last, restarts
         self.folder = output.with_name(output.name + ".partial")
@@ -96,6 +111,10 @@ class WorkFolder:
             raise UserError(f"{self.output} exists already", "choose another folder, or delete it first")
         if not self.output.parent.is_dir():
             raise UserError(f"there is no folder {self.output.parent} for the {self.noun}", "create it first")
+        self.check_left_over(resume, restart)
+
+    def check_left_over(self, resume: bool, restart: bool = False) -> None:
+        """Raises UserError when work is (not) left over against `resume`."""
         if resume and not self.state.is_dir() and not self.complete:
             raise UserError(f"there is no unfinished {self.noun} {self.folder} to resume", "leave out --resume")
         if self.folder.exists() and not resume and not restart:
@@ -123,11 +142,14 @@ class WorkFolder:
                 f"the disk is full: {self.folder} has {format_size(self.nbytes)} so far and more to come",
                 "make room and run the same command with --resume, or delete that folder",
             ) from None
+        except KeyboardInterrupt:
+            note_unfinished(self.folder)
+            raise
 
     @property
     def complete(self) -> bool:
         """Whether all files are there, and only `publish` is missing."""
-        return (self.folder / self._last).is_file()
+        return self._last is not None and (self.folder / self._last).is_file()
 
     def job(self) -> dict[str, Any] | None:
         """What the work that was found here is; None where nothing was claimed yet."""
@@ -136,6 +158,20 @@ class WorkFolder:
 
     def claim(self, job: dict[str, Any]) -> None:
         write_whole(self.state / "job.json", json.dumps(job).encode())
+
+    def resume_or_claim(self, job: dict[str, Any]) -> None:
+        """Records what the work is. Raises UserError when the work found here is another, with what differs."""
+        found = self.job()
+        if found is None:
+            self.claim(job)
+            return
+        before, now = flattened(found), flattened(json.loads(json.dumps(job)))
+        changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        if changed:
+            raise UserError(
+                f"the unfinished {self.noun} {self.folder} was started with other {' and '.join(changed)}",
+                "use what it was started with, or delete that folder and start over",
+            )
 
     def done(self, name: str) -> dict[str, Any] | None:
         """What was noted of a file that is finished."""

@@ -19,6 +19,7 @@ from mlxmoe.checkpoint import folder_nbytes, open_checkpoint
 from mlxmoe.cli import main
 from mlxmoe.evaluate import EvalConfig, read_text
 from mlxmoe.loading import open_model
+from mlxmoe.parts import Parts
 from mlxmoe.pictures import write_report
 from mlxmoe.plan import Plan
 from mlxmoe.prepared import full_memory, prepare, smallest_memory
@@ -206,6 +207,51 @@ def test_the_page_holds_the_numbers(measured: Path) -> None:
     assert {"curve", "domains-kld", "errors", "experts", "routing", "frequency", "reap"} <= {p.stem for p in pictures}
     assert page.count("<svg") == len(pictures)
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", page)
+
+
+@pytest.mark.parametrize(("part", "layers", "budgets"), [("layer-0", [1, 2], 5), ("layer-2", [], 5), ("budget", [], 3)])
+def test_goes_on_where_it_was_stopped(
+    part: str,
+    layers: list[int],
+    budgets: int,
+    measured: Path,
+    source: Path,
+    out: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Behind a layer, and behind the second budget: report.json has what it has without a stop, and nothing is measured
+    twice. What an earlier report left is untouched until the new one is there."""
+    arguments = ("--reference", source, "--text", text, *SETTINGS, "--stats", measured / "s.json")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "report.json").write_text("older")
+    monkeypatch.setattr("mlxmoe.pictures._rendered", lambda figure, kind: b"<svg></svg>" if kind == "svg" else b"")
+    keep, seen = Parts.keep, []
+
+    def then_stop(self: Parts, name: str, value: object) -> None:
+        keep(self, name, value)
+        seen.append(name)
+        if name == part or [each[: len(part)] for each in seen].count(part) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Parts, "keep", then_stop)
+        assert report(out, tmp_path / "r", *arguments) == 130
+    assert "r.partial keeps what is done" in capsys.readouterr().err
+    assert [path.read_text() for path in (tmp_path / "r").iterdir()] == ["older"]
+    assert report(out, tmp_path / "r", *arguments, "--window", "16", "--resume") == 2
+    assert "was started with other window" in capsys.readouterr().err
+    seen.clear()
+    part = "no part"
+    monkeypatch.setattr(Parts, "keep", then_stop)
+    assert report(out, tmp_path / "r", *arguments, "--resume") == 0
+    assert [name for name in seen if name.startswith("layer")] == [f"layer-{i}" for i in layers]
+    assert sum(name.startswith("budget") for name in seen) == budgets
+    found, wanted = (json.loads((folder / "r" / "report.json").read_text()) for folder in (tmp_path, measured))
+    assert found == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from mlxmoe.bench.pages import stats_parts
 from mlxmoe.bench.stats import load_stats
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
+from mlxmoe.convert import activations
 from mlxmoe.convert.activations import ExpertNumbers, Threshold, gather
 from mlxmoe.convert.domains import choose_windows, read_domains
 from mlxmoe.convert.stream import LayerStream
@@ -24,6 +25,7 @@ from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.written import open_weights
 from mlxmoe.errors import UserError
+from mlxmoe.parts import Parts
 
 NEVER = [2, 3]
 
@@ -154,6 +156,58 @@ def test_converted_folder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert seen
     for name in ("reap", "input_trace", "gate"):
         np.testing.assert_allclose(*([table[name][i] for i in seen] for table in tables), rtol=0.1)
+
+
+def stop_behind(part: str, patched: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as soon as a part is kept."""
+    keep = Parts.keep
+
+    def then_stop(self: Parts, name: str, value: object) -> None:
+        keep(self, name, value)
+        if name == part:
+            raise KeyboardInterrupt
+
+    patched.setattr(Parts, "keep", then_stop)
+
+
+def test_goes_on_where_it_was_stopped(
+    model: Path,
+    text: Path,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With the numbers of a run that was not stopped, and without doing a layer again. What lay there before is not touched
+    until the new file is whole."""
+    path = tmp_path / "s.json"
+    path.write_text("older")
+    with monkeypatch.context() as patched:
+        stop_behind("layer-1", patched)
+        assert stats(model, text, "--save", path) == 130
+    assert "s.json.partial keeps what is done" in capsys.readouterr().err
+    assert path.read_text() == "older"
+    assert stats(model, text, "--save", path) == 2
+    assert "holds an unfinished statistics run" in capsys.readouterr().err
+    assert stats(model, text, "--save", path, "--threshold", 5, "--resume") == 2
+    assert "was started with other threshold.factor" in capsys.readouterr().err
+    done: list[int] = []
+    layer = activations._layer
+
+    def counted(walk: Walk, i: int, *rest: Any) -> Any:
+        done.append(i)
+        return layer(walk, i, *rest)
+
+    monkeypatch.setattr(activations, "_layer", counted)
+    assert stats(model, text, "--save", path, "--resume") == 0
+    assert done == [2]
+    assert path.read_bytes() == saved.read_bytes()
+    assert [each.name for each in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_nothing_is_kept_without_a_file(model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stats(model, text, "--resume") == 2
+    assert "--resume needs a file beside which layers are kept" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

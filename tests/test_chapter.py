@@ -97,6 +97,40 @@ def test_bad_input(inputs: dict[str, Path]) -> None:
         run(inputs, "--quick", "--tables", "")
     with pytest.raises(UserError, match="no calibration file"):
         run({**inputs, "calibration": Path("nowhere")}, "--quick")
+    with pytest.raises(UserError, match="--calibration-tokens is 0, expected 1 or more"):
+        run(inputs, "--calibration-tokens", "0")
+    with pytest.raises(UserError, match="--max-tokens is -1"):
+        run(inputs, "--quick", "--max-tokens", "-1")
+    with pytest.raises(UserError, match="there is no folder nowhere"):
+        run(inputs, "--quick", "--output", "nowhere/chapter.md")
+    with pytest.raises(UserError, match="--resume needs a file"):
+        run(inputs, "--quick", "--resume")
+
+
+def test_goes_on_where_it_was_stopped(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tables that are done are not made again; the page that was there stays until the new one is whole."""
+    given = ["--quick", "--tables", "classes,router", "--output", str(tmp_path / "c.md")]
+    assert run(inputs, *given) == 0
+    whole = (tmp_path / "c.md").read_bytes()
+    (tmp_path / "c.md").write_text("older")
+
+    def stop(bench: Bench) -> Table:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setitem(TABLES, "router", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(inputs, *given)
+    assert "c.md.partial keeps what is done" in capsys.readouterr().err
+    assert (tmp_path / "c.md").read_text() == "older"
+    with pytest.raises(UserError, match="started with other max_tokens"):
+        run(inputs, *given, "--max-tokens", "32", "--resume")
+    monkeypatch.setitem(TABLES, "classes", stop)  # nothing is done again
+    assert run(inputs, *given, "--resume") == 0
+    assert (tmp_path / "c.md").read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["c.md"]
 
 
 def test_verdicts() -> None:

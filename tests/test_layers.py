@@ -20,7 +20,7 @@ PACKAGE_LAYERS = [
     ["formats", "budget", "router", "policies", "prefetch", "rotation"],
     ["plan", "kernels", "cache"],
     ["reference", "store", "residency", "work"],
-    ["checkpoint", "models", "experts", "reader", "pictures"],
+    ["checkpoint", "models", "experts", "reader", "pictures", "parts"],
     ["banks", "blocks", "kernel_choice", "stacked", "gates"],
     ["repack", "shelves", "lookahead"],
     ["arena"],
