@@ -83,8 +83,11 @@ def file_sha256(path: str | Path) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
+        found = (
+            "there is no calibration file" if isinstance(error, FileNotFoundError) else "not a file that can be read:"
+        )
         raise UserError(
-            f"there is no calibration file {path} ({error.strerror})", "give a text file or a .jsonl with the key text"
+            f"{found} {path} ({error.strerror})", "give a text file or a .jsonl with the key text"
         ) from None
 
 
@@ -94,7 +97,8 @@ def read_documents(path: str | Path, tokenizer: Any) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error})", "give a UTF-8 text file or .jsonl") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path} cannot be read as text ({reason})", "give a UTF-8 text file or .jsonl") from None
     documents = [content] if path.suffix != ".jsonl" else list(_json_lines(path, content, tokenizer))
     documents = [d for d in documents if d.strip()]
     if not documents:
@@ -161,6 +165,6 @@ def choose_tokens(documents: Sequence[str], tokenizer: Any, calibration: Calibra
     if count == 0:
         raise UserError(
             f"{calibration.file} is too short: {len(stream)} tokens, and one window takes {window}",
-            "give a longer text, or a smaller --calibration-tokens",
+            "give a longer text",
         )
     return np.array(stream[: count * window], np.int32).reshape(count, window)

@@ -28,7 +28,7 @@ from mlxmoe.convert.config import (
     Replication,
     default_polish,
     parse_replicas,
-    parse_rule,
+    parse_rules,
     parse_sensitivity,
 )
 from mlxmoe.convert.hubtext import DATA_SET, HUB
@@ -148,8 +148,9 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         ) from None
     if args.method in METHODS and args.calibration is None:
         raise UserError(f"--method {args.method} needs text", "give --calibration FILE, self or hub")
+    _check_effect(args)
     calibration = None
-    if args.calibration is not None and args.method != "rtn":
+    if args.calibration is not None:
         calibration = Calibration(
             args.calibration,
             file_sha256(args.calibration) if args.calibration not in (SELF, HUB) else "",
@@ -165,7 +166,7 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         bpw=args.bpw,
         group_size=args.group_size,
         expert_levels=levels,
-        rules=dict(parse_rule(text) for text in args.bits),
+        rules=parse_rules(args.bits),
         seed=args.seed,
         rotation=args.rotation,
         replicas=replicas,
@@ -174,6 +175,26 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         calibration=calibration,
         allocation=Allocation(args.allocation, *parse_sensitivity(args.sensitivity), args.refine),
     )
+
+
+def _check_effect(args: argparse.Namespace) -> None:
+    """Refuses what would be ignored in silence."""
+    if args.dry_run and (args.resume or args.restart):
+        raise UserError("--dry-run keeps nothing, and so has nothing to go on with", "leave out --resume or --restart")
+    if args.method == "rtn" and args.calibration is not None:
+        raise UserError("--method rtn reads no text", "leave out --calibration, or --method for the better way")
+    text = Calibration("")
+    defaults = {"calibration_tokens": None, "candidates": text.candidates, "nested": 0.0, "predecessors": "quantized"}
+    for name, default in defaults.items():
+        if args.calibration is None and getattr(args, name) != default:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is about calibration text", "give --calibration FILE, self or hub as well")
+    if args.candidates != text.candidates and args.calibration != SELF:
+        raise UserError(
+            "--candidates is about text that the model writes itself", "leave it out, or give --calibration self"
+        )
+    if args.combine != Replication.combine and args.replicas is None:
+        raise UserError("--combine is about copies of experts", "give --replicas as well, such as sensitivity:0.30:2")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ LOWEST_TRUNK_BITS = 3  # where the rules do not fit the size, unpinned classes m
 LOWEST_CALIBRATED_BITS = 2  # with calibration every class starts here: what its errors cost is measured
 
 
+SEEDS = 1 << 32  # of which MLX's generator takes one together with the number of a batch
 SENSITIVITIES = ("fisher", "output", "weight", "mix", "frequency", "ablation")
 MIX_SHARES = (0.5, 0.3, 0.2)  # of output error, gradient and frequency: the chapter's 7.2.2
 POLISHES = ("none", "factors", "layer", "model")
@@ -49,6 +52,15 @@ class Allocation:
             raise UserError(
                 f"--sensitivity {self.sensitivity} is not one of {', '.join(SENSITIVITIES)}",
                 "fisher is the default; the shares of a mix are given as mix=50,30,20",
+            )
+        ignored = {
+            "measured": (),
+            "benefit": ("output", "weight", "frequency", "ablation"),
+            "uniform": SENSITIVITIES[1:],
+        }
+        if self.sensitivity in ignored[self.method]:
+            raise UserError(
+                f"--allocation {self.method} does not go by --sensitivity {self.sensitivity}", "leave one of them out"
             )
         if not 0 <= self.refine <= 10:
             raise UserError(f"--refine {self.refine} is not a number of rounds from 0 to 10", "0 is the default")
@@ -110,8 +122,8 @@ class ConvertConfig:
         unknown = set(self.expert_levels) - set(LEVELS)
         if unknown or not self.expert_levels:
             raise UserError(f"expert levels {sorted(unknown)} are not among 2, 3, 4, 6, 8", "try --expert-bits 2,3,4")
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is below 0", "0 is the default")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"--seed {self.seed} is not between 0 and {SEEDS - 1}", "0 is the default")
         if self.rotation not in PLAIN and self.calibration is None:
             raise UserError(
                 f"--rotation {self.rotation} goes by text", f"give --calibration FILE, or one of {', '.join(PLAIN)}"
@@ -141,7 +153,7 @@ class ConvertConfig:
     def _check_replicas(self, how: Replication) -> None:
         if self.rotation not in SEEDED:
             raise UserError(
-                f"--replicas needs rotations of which there are many, and {self.rotation} is none",
+                f"--replicas needs rotations of which there are many, and --rotation {self.rotation} is not such a one",
                 f"give --rotation {' or '.join(SEEDED)}",
             )
         for name, value in (("polish", self.polish), ("router", self.router), ("refine", self.allocation.refine)):
@@ -193,6 +205,15 @@ def parse_rule(text: str) -> tuple[str, Rule]:
             f"--bits {text!r}: no width among {', '.join(map(str, TRUNK_BITS))} fits", "example: --bits head=6-8"
         )
     return name, rule
+
+
+def parse_rules(texts: Sequence[str]) -> dict[str, Rule]:
+    """Every class once. Raises UserError."""
+    rules = [parse_rule(text) for text in texts]
+    twice = [name for name, count in Counter(name for name, _ in rules).items() if count > 1]
+    if twice:
+        raise UserError(f"--bits is given twice for {twice[0]}", f"one range holds both ends: --bits {twice[0]}=4-8")
+    return dict(rules)
 
 
 def parse_replicas(text: str, combine: str) -> Replication:

@@ -57,7 +57,7 @@ from mlxmoe.convert.write import (
 from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
 from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
-from mlxmoe.work import WorkFolder, save_arrays, write_whole
+from mlxmoe.work import WorkFolder, flattened, save_arrays, write_whole
 
 
 class Outcome(NamedTuple):
@@ -132,8 +132,9 @@ class Job:
 
     def _convert_calibrated(self) -> tuple[Decision, Plan]:
         """By the errors of the outputs on calibration text."""
-        with self._cleared_if_damaged():
+        with self._cleared_if_new():
             layers = self._layers(self.work.state)
+        with self._cleared_if_damaged():
             decision = self._decide_calibrated(layers)
         self.work.check_space(decision.nbytes)
         plan = self._keep_plan(decision.plan)
@@ -167,6 +168,16 @@ class Job:
     def _fresh_tokens(self, layers: Layers) -> np.ndarray:
         tokenizer = read_tokenizer(self.checkpoint)
         return fresh_tokens(layers.calibration, tokenizer, self.config.seed, layers.walk.tokens)
+
+    @contextmanager
+    def _cleared_if_new(self) -> Iterator[None]:
+        """What is refused before there is any work leaves no folder; the work of a run before stays."""
+        try:
+            yield
+        except UserError:
+            if [path.name for path in self.work.state.iterdir()] == ["job.json"]:
+                shutil.rmtree(self.work.folder)
+            raise
 
     @contextmanager
     def _cleared_if_damaged(self) -> Iterator[None]:
@@ -340,11 +351,3 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "config_sha256": hashlib.sha256(text).hexdigest(),
         "files": {path.name: path.stat().st_size for path in checkpoint.shards},
     }
-
-
-def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings of settings under dotted names, so that what differs can be named."""
-    result: dict[str, Any] = {}
-    for key, value in settings.items():
-        result |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result

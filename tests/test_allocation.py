@@ -142,13 +142,16 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--sensitivity", "guess"], "--sensitivity guess is not one of"),
         (["--sensitivity", "mix=1,2"], "--sensitivity 'mix=1,2' is not understood"),
         (["--refine", "-1"], "--refine -1 is not a number of rounds"),
-        (["--allocation", "benefit", "--method", "rtn"], "measure on text"),
+        (["--allocation", "benefit"], "measure on text"),
+        (["--allocation", "uniform", "--sensitivity", "output"], "uniform does not go by --sensitivity output"),
+        (["--allocation", "benefit", "--sensitivity", "ablation"], "benefit does not go by --sensitivity ablation"),
     ],
 )
 def test_bad_settings(
     more: list[str], expected: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--size", str(SIZE), "--calibration", str(folder / "text.txt"), *more]
+    text = [] if expected == "measure on text" else ["--calibration", str(folder / "text.txt")]
+    arguments = ["--size", str(SIZE), *text, *more]
     assert convert(folder / "source", tmp_path / "out", *arguments) == 2
     assert expected in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

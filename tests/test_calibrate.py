@@ -28,7 +28,7 @@ from toy_text import write_words
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
-from mlxmoe.convert.calibrate import Calibration, choose_tokens, default_tokens, read_documents
+from mlxmoe.convert.calibrate import METHODS, Calibration, choose_tokens, default_tokens, read_documents
 from mlxmoe.convert.config import ConvertConfig
 from mlxmoe.convert.job import Job
 from mlxmoe.convert.selftext import OPENINGS, TAU, balanced_choice, own_text
@@ -125,15 +125,37 @@ def test_text_that_is_none(
         (["--method", "gptq"], "--method gptq needs text"),
         (["--method", "awq"], "--method awq needs text"),
         (["--calibration-tokens", "0"], "--calibration-tokens 0 is not a number of tokens"),
-        (["--candidates", "0"], "--candidates 0 is not between 1 and 64"),
+        (["--calibration", "self", "--candidates", "0"], "--candidates 0 is not between 1 and 64"),
+        (["--candidates", "3"], "--candidates is about text that the model writes itself"),
+        (["--method", "rtn"], "--method rtn reads no text"),
         (["--nested", "-1"], "--nested -1.0 is not between 0 and 10"),
     ],
 )
 def test_bad_settings(
     more: list[str], expected: str, source: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [] if more[0] in ("--calibration", "--method") else ["--calibration", str(text)]
+    given = [] if more[0] == "--calibration" or more[1] in METHODS else ["--calibration", str(text)]
     assert convert(source, tmp_path / "out", "--bpw", "6", *given, *more) == 2
+    assert expected in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--calibration-tokens", "512"], "--calibration-tokens is about calibration text"),
+        (["--candidates", "3"], "--candidates is about calibration text"),
+        (["--nested", "0.3"], "--nested is about calibration text"),
+        (["--predecessors", "source"], "--predecessors is about calibration text"),
+        (["--combine", "variance"], "--combine is about copies of experts"),
+        (["--dry-run", "--resume"], "--dry-run keeps nothing"),
+        (["--dry-run", "--restart"], "--dry-run keeps nothing"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    more: list[str], expected: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(source, tmp_path / "out", "--bpw", "6", *more) == 2
     assert expected in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -155,7 +177,7 @@ def kld(folder: Path, reference: Path, text: Path) -> float:
 
 def test_nearer_to_the_original_than_without_text(source: Path, whole: Path, text: Path, tmp_path: Path) -> None:
     """On other text of the same kind, and with fewer bytes: sizes of so small a model come in steps of a page a record."""
-    assert convert(source, tmp_path / "rtn", "--bpw", "6.3", "--calibration", str(text), "--method", "rtn") == 0
+    assert convert(source, tmp_path / "rtn", "--bpw", "6.3", "--method", "rtn") == 0
     assert folder_nbytes(whole) <= folder_nbytes(tmp_path / "rtn")
     other = write_words(tmp_path / "other.txt", 600, seed=1)
     assert kld(whole, source, other) < 0.8 * kld(tmp_path / "rtn", source, other)
@@ -354,8 +376,7 @@ def test_stopped_at_every_step(
         (["--nested", "0.5"], "calibration.mu"),
         (["--predecessors", "source"], "calibration.predecessors"),
         (["--method", "awq"], "calibration.method"),
-        (["--candidates", "3", "--seed", "1"], "calibration.candidates and seed"),
-        (["--method", "rtn"], "calibration."),
+        (["--nested", "0.5", "--seed", "1"], "calibration.mu and seed"),
     ],
 )
 def test_resume_with_other_settings(
@@ -375,6 +396,38 @@ def test_resume_with_other_settings(
         assert convert(source, tmp_path / "out", *arguments) == 130
     assert convert(source, tmp_path / "out", *arguments, *more, "--resume") == 2
     assert f"was started with other {differs}" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_away_costs_no_work(
+    source: Path,
+    arguments: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is refused on resuming is refused; hours of statistics stay where they are. What is refused at the start leaves
+    nothing."""
+    folder = shutil.copytree(source, tmp_path / "source")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlxmoe.convert.job.Job._keep_plan", stop)
+        assert convert(folder, tmp_path / "out", *arguments) == 130
+    assert "out.partial keeps what is done: the same command with --resume goes on" in capsys.readouterr().err
+    before = snapshot(tmp_path / "out.partial")
+    assert "state/weighed-0.npz" in before
+    (folder / "tokenizer.json").rename(tmp_path / "away")
+    assert convert(folder, tmp_path / "out", *arguments, "--resume") == 2
+    assert "has no usable tokenizer" in capsys.readouterr().err
+    assert snapshot(tmp_path / "out.partial") == before
+    assert convert(folder, tmp_path / "other", *arguments) == 2
+    assert not list(tmp_path.glob("other*"))
+    (tmp_path / "away").rename(folder / "tokenizer.json")
+    assert convert(folder, tmp_path / "out", *arguments, "--resume") == 0
+    assert snapshot(tmp_path / "out") == snapshot(whole)
 
 
 def test_calibration_text_that_changed_is_refused(

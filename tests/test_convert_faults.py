@@ -263,6 +263,7 @@ def test_hub_that_fails(
         (["--bits", "head=²"], "--bits 'head=²' is not CLASS=BITS"),
         (["--bits", "head=7"], "--bits 'head=7': no width among 2, 3, 4, 5, 6, 8 fits"),
         (["--bits", "head=8-6"], "--bits 'head=8-6': no width"),
+        (["--bits", "head=8", "--bits", "head=4"], "--bits is given twice for head"),
         (["--expert-bits", "2,5"], r"expert levels \[5\] are not among 2, 3, 4, 6, 8"),
         (["--expert-bits", "two"], "--expert-bits 'two' is no list of numbers"),
         (["--expert-bits", ""], "--expert-bits '' is no list of numbers"),
@@ -272,6 +273,8 @@ def test_hub_that_fails(
         (["--size", "0"], "found 0"),
         (["--size", "nine"], "'nine' is not a size"),
         (["--size", ""], "a conversion needs a size"),
+        (["--seed", "-1"], "--seed -1 is not between 0 and 4294967295"),
+        (["--seed", "4294967296"], "--seed 4294967296 is not between"),
     ],
 )
 def test_bad_settings(

@@ -242,7 +242,7 @@ def test_a_stopped_conversion_goes_on(source: Path, folders: dict[str, Path], tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--replicas", "sensitivity"], "needs rotations of which there are many, and none is none"),
+        (["--replicas", "sensitivity"], "needs rotations of which there are many, and --rotation none is not such a one"),
         (["--replicas", "sensitivity", "--rotation", "hadamard"], "and hadamard is none"),
         (["--replicas", "often", *ROTATION], "--replicas often:0.3:2 is not understood"),
         (["--replicas", "random:x", *ROTATION], "--replicas 'random:x' is not understood"),
