@@ -68,6 +68,14 @@ def run(args: argparse.Namespace) -> int:
             parse_size(row.removeprefix(OURS + ":"))
         else:
             stock.parse(row)
+    if not rows:
+        raise UserError("--rows names nothing to compare", f"leave it out for {len(ROWS)} of mlx-lm's recipes")
+    for name, least in (("calibration_tokens", 1), ("max_tokens", len(args.text))):
+        if getattr(args, name) < least:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(args, name)}, expected {least} or more", f"leave {flag} out")
+    if args.keep is not None and not args.keep.is_dir() and (args.keep.exists() or not args.keep.parent.is_dir()):
+        raise UserError(f"{args.keep} is no folder and cannot be made one", "name a folder for --keep, or leave it out")
     texts = [read_text(path) for path in args.text]
     file_sha256(args.calibration)  # before anything takes minutes: it is there
     with ExitStack() as stack:

@@ -43,7 +43,7 @@ from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.calibrate import Calibration, choose_tokens, file_sha256, read_documents
 from mlxmoe.convert.calibrated import measure_experts
 from mlxmoe.convert.changes import Change, divergences, num_steps
-from mlxmoe.convert.config import MIX_SHARES
+from mlxmoe.convert.config import MIX_SHARES, SEEDS
 from mlxmoe.convert.measure import ExpertErrors, ExpertScores
 from mlxmoe.convert.scores import Observed, Scoring, observe
 from mlxmoe.convert.sensitivity import importance, mixed
@@ -74,7 +74,12 @@ class SensitivityConfig:
         if self.experts < 4:
             raise UserError(f"--experts {self.experts} are too few to rank", "64 is the default")
         if not self.levels or set(self.levels) - set(LEVELS):
-            raise UserError(f"the levels {self.levels} are not among 2, 3, 4, 6, 8", "try --level 2,3")
+            listed = ", ".join(map(str, self.levels))
+            raise UserError(f"the levels {listed} are not all among 2, 3, 4, 6, 8", "try --level 2,3")
+        if self.window < 2:
+            raise UserError(f"a window of {self.window} tokens predicts nothing", "256 is the default")
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"--seed {self.seed} is not between 0 and {SEEDS - 1}", "0 is the default")
         if min(self.max_tokens, self.calibration_tokens) < self.window:
             raise UserError(f"a window takes {self.window} tokens", "raise --max-tokens and --calibration-tokens")
 

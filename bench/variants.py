@@ -316,6 +316,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    ChapterConfig(args.max_tokens, args.calibration_tokens, args.window)  # refuses what makes no sense
     entries = read_config(args.config)
     texts, digest = [read_text(path) for path in args.text], file_sha256(args.calibration)
     simulation = Simulation(args.model, texts, args.calibration, args.max_tokens, args.calibration_tokens, args.window)

@@ -409,8 +409,20 @@ def test_quantizers(
     assert len(made) == 4
 
 
-@pytest.mark.parametrize("rows", ["rtn:2:64,nothing:3", "mlxmoe:lots"])
-def test_bad_rows(rows: str, source: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--rows", "rtn:2:64,nothing:3"], "'nothing:3' is no quantizer"),
+        (["--rows", "mlxmoe:lots"], "'lots' is not a size"),
+        (["--rows", ""], "--rows names nothing to compare"),
+        (["--calibration-tokens", "0"], "--calibration-tokens is 0, expected 1 or more"),
+        (["--max-tokens", "-1"], "--max-tokens is -1, expected 1 or more"),
+        (["--keep", "absent/models"], "absent/models is no folder and cannot be made one"),
+    ],
+)
+def test_bad_settings_of_quantizers(
+    more: list[str], words: str, source: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["bench", "quantizers", str(source), "--calibration", str(text), "--text", str(text)]
-    assert main([*arguments, "--rows", rows]) == 2
-    assert "hint: " in capsys.readouterr().err
+    assert main([*arguments, *more]) == 2
+    assert words in capsys.readouterr().err

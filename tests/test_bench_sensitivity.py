@@ -198,7 +198,9 @@ def test_texts_share_the_tokens(inputs: dict[str, str]) -> None:
     ("more", "expected"),
     [
         (["--experts", "3"], "--experts 3 are too few to rank"),
-        (["--level", "5"], "the levels (5,) are not among"),
+        (["--level", "5"], "the levels 5 are not all among"),
+        (["--window", "0"], "a window of 0 tokens predicts nothing"),
+        (["--seed", "-1"], "--seed -1 is not between 0 and"),
         (["--level", "two"], "--level 'two' is no list of numbers"),
         (["--max-tokens", "10"], "a window takes 256 tokens"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read as text"),
@@ -211,5 +213,5 @@ def test_bad_input(more: list[str], expected: str, inputs: dict[str, str], capsy
 
 
 def test_config_is_checked() -> None:
-    with pytest.raises(UserError, match="not among"):
+    with pytest.raises(UserError, match="not all among"):
         SensitivityConfig(levels=())
