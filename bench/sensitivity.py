@@ -486,6 +486,11 @@ def bench(
     tokenizer = read_tokenizer(checkpoint)
     sizes = config.window, config.seed
     scored = read_tokens(texts, tokenizer, config.max_tokens, *sizes)
+    if len(scored) < 2:
+        raise UserError(
+            f"the text gives one window of {config.window} tokens, and standard errors want two",
+            "give a longer text, raise --max-tokens, or lower --window",
+        )
     seen = read_tokens([calibration], tokenizer, config.calibration_tokens, *sizes)
     stream = LayerStream(source)
     with tempfile.TemporaryDirectory(prefix="mlxmoe-sensitivity-") as folder:

@@ -480,6 +480,8 @@ class Simulation:
         calibration_tokens: int,
         window: int = 256,
     ):
+        if max_tokens < len(texts):
+            raise UserError(f"{max_tokens} tokens cannot be shared by {len(texts)} texts", "raise --max-tokens")
         self.loaded = open_model(checkpoint)
         self._reference = remembered(open_model(checkpoint).model)
         self._texts, self._config = list(texts), EvalConfig(max_tokens, window)
@@ -680,7 +682,7 @@ class Simulation:
         self.check(variant)
         sites = self.touched(variant)
         replaced = [(site.path, self.module(site, variant)) for site in sites]
-        routers = self._quantized_routers(variant.router_bits) if variant.router_bits else []
+        routers = self._quantized_routers(variant) if variant.router_bits else []
         originals = [(name, self._modules[name.rpartition(".")[0]]["weight"]) for name, _ in routers]
         model = self.loaded.model
         model.update_modules(tree_unflatten(replaced))
@@ -691,8 +693,8 @@ class Simulation:
             model.update_modules(tree_unflatten([(site.path, self._modules[site.path]) for site in sites]))
             model.load_weights(originals, strict=False)
 
-    def _routers(self) -> list[TrunkTensor]:
-        """The routers' matrices. Raises UserError where there are none of a known kind."""
+    def _routers(self, layers: frozenset[int] | None = None) -> list[TrunkTensor]:
+        """The routers' matrices, of all layers or of some. Raises UserError where there are none of a known kind."""
         counts = {site.num_experts for site in self.sites if not site.shared}
         named = [t for t in self.source.trunk if re.search(r"(gate|router)\.weight$", t.name)]
         found = [tensor for tensor in named if tensor.shape[0] in counts]
@@ -701,19 +703,25 @@ class Simulation:
                 f"{self.source.checkpoint.name} has no router that is a plain matrix",
                 "leave its table out with --tables",
             )
-        return found
+        numbers = [re.search(r"layers\.(\d+)\.", tensor.name) for tensor in found]
+        return [
+            t for t, n in zip(found, numbers, strict=True) if layers is None or (n is not None and int(n[1]) in layers)
+        ]
 
-    def router_nbytes(self, bits: int) -> int:
-        """Of all routers' matrices at a width."""
+    def router_nbytes(self, bits: int, layers: frozenset[int] | None = None) -> int:
+        """Of all routers' matrices at a width; of some layers only: the others' at two bytes a weight."""
+        coded = {tensor.name for tensor in self._routers(layers)}
         shapes = [MatrixShape(t.name, t.shape[0], t.shape[1], 64) for t in self._routers()]
-        return sum(matrix_nbytes(shape, bits, Recipe(group_size=64, affine=True)) for shape in shapes)
+        recipe = Recipe(group_size=64, affine=True)
+        return sum(matrix_nbytes(s, bits, recipe) if s.name in coded else 2 * s.num_weights for s in shapes)
 
-    def _quantized_routers(self, bits: int) -> list[tuple[str, mx.array]]:
+    def _quantized_routers(self, variant: Variant) -> list[tuple[str, mx.array]]:
+        assert variant.router_bits is not None
         result = []
-        for tensor in self._routers():
+        for tensor in self._routers(variant.layers):
             weight = self._modules[tensor.module]["weight"]
             groups = np.array(weight.astype(mx.float32)).reshape(-1, choose_group_size(weight.shape[-1], 64))
-            values = coded_groups(groups, bits, Recipe(affine=True, clip=True))
+            values = coded_groups(groups, variant.router_bits, Recipe(affine=True, clip=True))
             result.append((tensor.name, mx.array(values.reshape(weight.shape)).astype(weight.dtype)))
         return result
 

@@ -436,8 +436,9 @@ def _median(values: Sequence[float | None]) -> float:
 
 def _standing_out(layer: Mapping[str, Any]) -> list[str]:
     routed, lines = layer["routed"], []
-    if routed["pairs"]:
-        pairs = ", ".join(f"{a}+{b} {pair['lift']:.2g}x" for pair in routed["pairs"][:4] for a, b in [pair["experts"]])
+    more = [pair for pair in routed["pairs"][:4] if pair["lift"] > 1]
+    if more:
+        pairs = ", ".join(f"{a}+{b} {pair['lift']:.3g}x" for pair in more for a, b in [pair["experts"]])
         lines.append(f"layer {layer['layer']}: chosen together more than by chance: {pairs}")
     first = routed["hidden"]["triggers"][0]
     lines.append(

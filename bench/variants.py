@@ -295,7 +295,8 @@ def measure(simulation: Simulation, variants: Sequence[Variant], routing: bool) 
         for variant in bar:
             row: list[Value] = [*score_rows([bench.score(variant)])[0]]
             if router:
-                row.append(simulation.router_nbytes(variant.router_bits) if variant.router_bits else float("nan"))
+                bits = variant.router_bits
+                row.append(simulation.router_nbytes(bits, variant.layers) if bits else float("nan"))
             if original is not None:
                 row += agreement(original, simulation.routing(variant))
             rows.append(row)

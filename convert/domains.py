@@ -49,8 +49,10 @@ def choose_windows(domains: dict[str, list[str]], tokenizer: Any, max_tokens: in
     Documents are cut and follow each other in a fixed pseudo-random order (calibrate.choose_tokens). Raises UserError for
     settings that make no sense and for a domain of less than a window.
     """
-    if max_tokens < 1 or window < 2:
-        raise UserError(f"{max_tokens} tokens in windows of {window} are no text", "give some, in windows of 2 or more")
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens {max_tokens} is not a number of tokens", "16384 is the default")
+    if window < 2:
+        raise UserError(f"a window of {window} tokens predicts nothing", "--window 512 is the default")
     share = max(window, max_tokens // len(domains))
     try:
         parts = [

@@ -34,6 +34,11 @@ class Written:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.plan = Plan.load(checkpoint.folder)
+        if any(layer.replicas is not None for layer in self.plan.layers):
+            raise UserError(
+                f"{checkpoint.name} has copies of experts, whose sum is no matrix: it cannot be read layer by layer",
+                "mlxmoe eval measures it as a whole; mlxmoe report without --reference shows what was written",
+            )
         model_class, args_class = model_classes(checkpoint.config)
         self.build: Callable[[], Any] = lambda: model_class(args_class.from_dict(checkpoint.config))  # type: ignore[call-arg]
         model = self.build()

@@ -203,6 +203,7 @@ def test_texts_share_the_tokens(inputs: dict[str, str]) -> None:
         (["--seed", "-1"], "--seed -1 is not between 0 and"),
         (["--level", "two"], "--level 'two' is no list of numbers"),
         (["--max-tokens", "10"], "a window takes 256 tokens"),
+        (["--max-tokens", "256"], "the text gives one window of 256 tokens"),
         (["--text", "nowhere.txt"], "nowhere.txt cannot be read as text"),
     ],
 )

@@ -14,7 +14,7 @@ from toy_checkpoints import convert, edit_weights, write_architecture, write_qwe
 from toy_text import write_domains
 
 from mlxmoe.bench.pages import stats_parts
-from mlxmoe.bench.stats import load_stats
+from mlxmoe.bench.stats import load_stats, report_lines
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
 from mlxmoe.convert import activations
@@ -135,6 +135,17 @@ def test_page(saved: Path, model: Path, text: Path, tmp_path: Path) -> None:
     assert f"<td>{trigger['magnitude']:.4g}</td><td>{trigger['domain']}</td><td>{trigger['position']}</td>" in page
 
 
+def test_pairs_that_are_rarer_than_chance_do_not_stand_out(saved: Path) -> None:
+    result = load_stats(saved)
+    layer = next(layer for layer in result["layers"] if layer["routed"] is not None)
+    lifts = [1.5, 1.01, 0.95, 0.7]
+    layer["routed"]["pairs"] = [{"experts": [i, 7], "tokens": 9, "lift": lift} for i, lift in enumerate(lifts)]
+    lines = [line for line in report_lines(result) if line.startswith(f"layer {layer['layer']}: chosen together")]
+    assert lines == [f"layer {layer['layer']}: chosen together more than by chance: 0+7 1.5x, 1+7 1.01x"]
+    layer["routed"]["pairs"] = layer["routed"]["pairs"][2:]
+    assert not [line for line in report_lines(result) if line.startswith(f"layer {layer['layer']}: chosen together")]
+
+
 def test_pictures_of_one_domain_and_one_active_expert(saved: Path) -> None:
     """No map of domains, and none of pairs."""
     result = {**load_stats(saved), "lift": None}
@@ -218,7 +229,8 @@ def test_nothing_is_kept_without_a_file(model: Path, text: Path, capsys: pytest.
         (["--report", "absent/x.html"], "there is no folder absent"),
         (["--threshold", "0"], "--threshold 0 is not a positive number"),
         (["--window", "100000"], "a window of 100000 tokens is longer than the model's"),
-        (["--max-tokens", "0"], "are no text"),
+        (["--max-tokens", "0"], "--max-tokens 0 is not a number of tokens"),
+        (["--window", "1"], "a window of 1 tokens predicts nothing"),
     ],
 )
 def test_settings_that_are_refused(

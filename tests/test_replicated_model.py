@@ -30,6 +30,7 @@ from toy_checkpoints import (
 from toy_text import write_words
 
 from mlxmoe.banks import copies_nbytes
+from mlxmoe.cli import main
 from mlxmoe.errors import UserError
 from mlxmoe.experts import ExpertLayer
 from mlxmoe.kernels import ReferenceKernels
@@ -242,8 +243,11 @@ def test_a_stopped_conversion_goes_on(source: Path, folders: dict[str, Path], tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--replicas", "sensitivity"], "needs rotations of which there are many, and --rotation none is not such a one"),
-        (["--replicas", "sensitivity", "--rotation", "hadamard"], "and hadamard is none"),
+        (
+            ["--replicas", "sensitivity"],
+            "needs rotations of which there are many, and --rotation none is not such a one",
+        ),
+        (["--replicas", "sensitivity", "--rotation", "hadamard"], "and --rotation hadamard is not such a one"),
         (["--replicas", "often", *ROTATION], "--replicas often:0.3:2 is not understood"),
         (["--replicas", "random:x", *ROTATION], "--replicas 'random:x' is not understood"),
         (["--replicas", "random:2", *ROTATION], "--replicas random:2:2 is not understood"),
@@ -257,6 +261,22 @@ def test_refused_before_any_work(
     assert convert(source, tmp_path / "out", "--bpw", "8", *arguments) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_copies_cannot_be_read_layer_by_layer(
+    source: Path, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An expert with copies is a sum of several outputs, no matrix: said before any work. What the plan says is drawn."""
+    (tmp_path / "text.txt").write_text("the experts of a layer " * 20)
+    model, text, drawn = str(folders["pairs"]), ["--text", str(tmp_path / "text.txt"), "--window", "32"], tmp_path / "r"
+    measured = ["report", model, "--output", str(drawn), "--reference", str(source), *text, "--max-tokens", "64"]
+    for command in (["stats", model, *text], measured):
+        assert main(command) == 2
+        assert "has copies of experts" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert main(["report", model, "--output", str(drawn)]) == 0
+    result = json.loads((drawn / "report.json").read_text())
+    assert sum(result["bytes_by_class"].values()) == result["bytes"]
 
 
 def test_experts_with_biases_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

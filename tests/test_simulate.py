@@ -277,6 +277,19 @@ def test_quantized_routers(simulation: Simulation) -> None:
     assert all(now[site.path] is simulation._modules[site.path] for site in simulation.sites)
 
 
+def test_routers_of_the_layers_asked_for(simulation: Simulation) -> None:
+    """The others stay as they are, and count two bytes a weight."""
+    layers = sorted({site.layer for site in simulation.sites})
+    names = [tensor.name for tensor in simulation._routers()]
+    weights = {name: np.array(simulation._modules[name.rpartition(".")[0]]["weight"]) for name in names}
+    with simulation.applied(Variant("one", experts=False, router_bits=2, layers=frozenset(layers[-1:]))):
+        now = {name: np.array(simulation._modules[name.rpartition(".")[0]]["weight"]) for name in names}
+    assert [bool((now[name] == weights[name]).all()) for name in names] == [True] * (len(names) - 1) + [False]
+    one, all_of_them = simulation.router_nbytes(2, frozenset(layers[-1:])), simulation.router_nbytes(2)
+    whole = 2 * weights[names[0]].size
+    assert one == all_of_them // len(names) + (len(names) - 1) * whole
+
+
 def test_agreement_by_hand() -> None:
     first = Routing([np.array([[0, 1], [2, 3]])], [np.array([[0.8, 0.2, 0, 0], [0, 0, 0.5, 0.1]])])
     second = Routing([np.array([[1, 0], [2, 1]])], [np.array([[0.4, 0.5, 0, 0], [0, 0, 0.3, 0.1]])])
