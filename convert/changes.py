@@ -1,4 +1,5 @@
-"""What changed weights do to the predictions: the KL divergence on the same tokens, of every change alone.
+"""What changed weights do to the predictions: the KL divergence on the same tokens, of every change alone, or of every
+change to a model that is changed in all layers.
 
 Single experts cost 1e-5 nats and less, so nothing here is sampled: original and changed model see the same tokens in the
 same batches, and the divergence is summed from terms that are not negative. A change is walked through the layers behind it
@@ -8,7 +9,7 @@ only; layers are loaded once, whatever the number of changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -18,7 +19,9 @@ from mlxmoe.convert.stream import LayerStream
 from mlxmoe.convert.walk import Walk
 from mlxmoe.errors import UserError
 
-_ORIGINAL = "original"
+_ORIGINAL, _BASE = "original", "base"
+
+Weights = Callable[[LayerStream], Mapping[str, np.ndarray]]
 
 
 class Change(NamedTuple):
@@ -26,7 +29,7 @@ class Change(NamedTuple):
     weights: called with the layer loaded, gives float32 arrays under the model's names."""
 
     layer: int
-    weights: Callable[[LayerStream], Mapping[str, np.ndarray]]
+    weights: Weights
 
 
 def divergence(log_p: mx.array, log_q: mx.array) -> mx.array:
@@ -39,15 +42,25 @@ def divergence(log_p: mx.array, log_q: mx.array) -> mx.array:
     return (mx.exp(log_p) * (mx.expm1(difference) - difference)).sum(axis=-1)
 
 
-def divergences(walk: Walk, changes: Sequence[Change], progress: Callable[[int], object]) -> np.ndarray:
+def divergences(
+    walk: Walk,
+    changes: Sequence[Change],
+    progress: Callable[[int], object],
+    base: Callable[[int], Weights] | None = None,
+) -> np.ndarray:
     """KL(original || changed) in nats of every token, float32 [changes, windows, T].
 
+    base: what stands in every layer (numbered as in Change) but the one of a change, in place of the original's weights.
     `progress` is called with numbers of steps done, `num_steps` in all. Works with files in the walk's folder and removes
     them: hidden states of one layer for every change. Raises UserError for predictions that are not finite.
     """
     stream, last = walk.stream, len(walk.stream.layers)
     kinds = [f"change{n}" for n in range(len(changes))]
+    bases = [Change(i, base(i)) for i in range(-1, last + 1)] if base is not None else []
+    before = _BASE if bases else _ORIGINAL  # a change's layer
     walk.embed(_ORIGINAL)
+    with _applied(stream, bases[0]) if bases else nullcontext():
+        walk.embed(before)
     for kind, change in zip(kinds, changes, strict=True):
         if change.layer < 0:
             with _applied(stream, change):
@@ -57,15 +70,20 @@ def divergences(walk: Walk, changes: Sequence[Change], progress: Callable[[int],
             for kind, change in zip(kinds, changes, strict=True):
                 if change.layer == i:
                     with _applied(stream, change):
-                        _depart(walk, i, kind)
-                elif change.layer < i:
-                    walk.advance(i, kind)
-                    walk.path(kind, i).unlink()
-                progress(change.layer <= i)
+                        _depart(walk, i, before, kind)
             walk.advance(i, _ORIGINAL)
-        walk.path(_ORIGINAL, i).unlink()
-    found = _compare(walk, changes, kinds, progress)
-    for kind in (_ORIGINAL, *kinds):
+            with _applied(stream, bases[1 + i]) if bases else nullcontext():
+                if bases:
+                    walk.advance(i, _BASE)
+                for kind, change in zip(kinds, changes, strict=True):
+                    if change.layer < i:
+                        walk.advance(i, kind)
+                        walk.path(kind, i).unlink()
+                    progress(change.layer <= i)
+        for kind in {_ORIGINAL, before}:
+            walk.path(kind, i).unlink()
+    found = _compare(walk, changes, kinds, before, bases[-1:], progress)
+    for kind in (_ORIGINAL, _BASE, *kinds):
         walk.path(kind, last).unlink(missing_ok=True)
     if not np.isfinite(found).all():
         raise UserError(
@@ -91,28 +109,32 @@ def _applied(stream: LayerStream, change: Change) -> Iterator[None]:
         stream.replace(before.items())
 
 
-def _depart(walk: Walk, i: int, kind: str) -> None:
-    """The hidden states behind layer i, as it is loaded, from the original's before it."""
+def _depart(walk: Walk, i: int, before: str, kind: str) -> None:
+    """The hidden states behind layer i, as it is loaded, from those of the kind `before`."""
     with walk.spill(kind, i + 1) as write:
         for rows in walk.batches():
-            write(rows, walk.stream.run(i, walk.batch(rows), walk.read(_ORIGINAL, i, rows)))
+            write(rows, walk.stream.run(i, walk.batch(rows), walk.read(before, i, rows)))
 
 
 def _compare(
-    walk: Walk, changes: Sequence[Change], kinds: Sequence[str], progress: Callable[[int], object]
+    walk: Walk,
+    changes: Sequence[Change],
+    kinds: Sequence[str],
+    before: str,
+    base: Sequence[Change],
+    progress: Callable[[int], object],
 ) -> np.ndarray:
     """[changes, windows, T]. A window at a time: logits are large."""
     stream, last = walk.stream, len(walk.stream.layers)
     found = np.empty((len(changes), *walk.tokens.shape), np.float32)
     for w in range(len(walk.tokens)):
         window = slice(w, w + 1)
-        hidden = walk.read(_ORIGINAL, last, window)
-        original = _log_probabilities(walk, window, hidden)
+        original = _log_probabilities(walk, window, walk.read(_ORIGINAL, last, window))
         for n, (kind, change) in enumerate(zip(kinds, changes, strict=True)):
-            if change.layer == last:
-                with _applied(stream, change):
-                    changed = _log_probabilities(walk, window, hidden)
-            else:
+            own, kind = ([change], before) if change.layer == last else (base, kind)
+            with ExitStack() as applied:
+                for each in own:
+                    applied.enter_context(_applied(stream, each))
                 changed = _log_probabilities(walk, window, walk.read(kind, last, window))
             found[n, w] = np.array(divergence(original, changed))[0]
         progress(1)

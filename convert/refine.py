@@ -1,9 +1,9 @@
-"""An allocation's losses scaled to what is measured: the trunk and the experts of every layer, coded alone as a plan says.
+"""An allocation's losses scaled to what is measured: the trunk and the experts of every layer, in the assembled model.
 
-The loss of stats.py is of second order with a diagonal, on the text that the codes are fitted to. Here every part of the
-model is coded alone, as the plan has it, and the KL divergence that it causes is measured on text that it was not fitted to
-(changes.py). The quotient of the two scales all losses of the part; the allocation is then made again. The assembled model
-is not measured: parts are added up, as the allocation adds them.
+The loss of stats.py is of second order with a diagonal, on the text that the codes are fitted to. Here the model is coded
+as a plan has it, and every part of it gets its original weights back, one part at a time: by how much the KL divergence
+falls is what the part costs, on text that the codes were not fitted to (changes.py). The quotient of the two scales all
+losses of the part; the allocation is then made again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 class Quotient(NamedTuple):
-    """Of one part: the loss that the allocation counts, and the divergence that is measured, in nats per token."""
+    """Of one part: the loss that the allocation counts, and what it is measured to cost, in nats per token."""
 
     expected: float
     measured: float
@@ -48,9 +48,16 @@ class Quotient(NamedTuple):
     @property
     def factor(self) -> float:
         """By which its losses are scaled."""
-        if self.expected <= 0 or self.measured <= 0:
+        if self.expected <= 0:
             return 1.0
         return float(np.clip(self.measured / self.expected, 1 / LIMIT, LIMIT))
+
+
+class Measurement(NamedTuple):
+    """Mean divergence of the assembled model, and by how much it falls with the original weights of one part."""
+
+    total: float
+    parts: dict[Part, float]
 
 
 class Losses(NamedTuple):
@@ -67,13 +74,14 @@ def refine(layers: Layers, losses: Losses, plan: Plan, tokens: np.ndarray, file:
     parts = list(expected)
     if not file.is_file():
         measured = measure_parts(layers, plan, parts, tokens)
-        save_arrays(file, {"measured": np.array([measured[part] for part in parts])})
+        save_arrays(file, {"measured": np.array(list(measured.parts.values())), "total": np.array(measured.total)})
     with np.load(file) as saved:
-        measured = dict(zip(parts, saved["measured"].tolist(), strict=True))
-    quotients = {part: Quotient(expected[part], measured[part]) for part in parts}
+        measured = Measurement(float(saved["total"]), dict(zip(parts, saved["measured"].tolist(), strict=True)))
+    quotients = {part: Quotient(expected[part], measured.parts[part]) for part in parts}
     ratios = [q.factor for q in quotients.values()]
     note = (
-        f"{len(parts)} parts alone cost {sum(measured.values()):.4g}, expected {sum(expected.values()):.4g}; "
+        f"the assembled model diverges by {measured.total:.4g}, expected {sum(expected.values()):.4g}; {len(parts)} parts "
+        f"cost {sum(measured.parts.values()):.4g} in it; "
         f"their losses are scaled by {min(ratios):.2f} to {max(ratios):.2f}"
     )
     return scaled(layers, losses, quotients), note
@@ -125,21 +133,27 @@ def expected_losses(layers: Layers, losses: Losses, plan: Plan) -> dict[Part, fl
     return result
 
 
-def measure_parts(layers: Layers, plan: Plan, parts: list[Part], tokens: np.ndarray) -> dict[Part, float]:
-    """Mean divergence on tokens int32 [windows, T] of every part coded alone. Works in a temporary folder and in that of
-    the layers."""
+def measure_parts(layers: Layers, plan: Plan, parts: list[Part], tokens: np.ndarray) -> Measurement:
+    """On tokens int32 [windows, T]. Works in a temporary folder and in that of the layers."""
     coded: dict[int, dict[str, np.ndarray]] = {}  # of the layer at hand
 
-    def values(part: Part, names: set[str], stream: LayerStream) -> dict[str, np.ndarray]:
-        if part.i not in coded:
+    def values(i: int, stream: LayerStream) -> dict[str, np.ndarray]:
+        if i not in coded:
             coded.clear()
-            coded[part.i] = coded_values(layers, part.i, plan)
-        return {name: value for name, value in coded[part.i].items() if (name in names) != part.experts}
+            coded[i] = coded_values(layers, i, plan)
+        return coded[i]
+
+    def without(part: Part, stream: LayerStream) -> dict[str, np.ndarray]:
+        """Of a layer as it is coded, all but the part."""
+        found = values(part.i, stream)
+        return {name: value for name, value in found.items() if (name in trunk[part.i]) == part.experts}
 
     trunk = {i: {tensor.name for tensor in tensors} for i, tensors in layers.trunk.items()}
-    changes = [Change(part.i, partial(values, part, trunk[part.i])) for part in parts]
+    head = max(trunk)
+    changes = [*(Change(part.i, partial(without, part)) for part in parts), Change(head, partial(values, head))]
     with tempfile.TemporaryDirectory(prefix="mlxmoe-refine-") as folder:
         walk = Walk(layers.stream, tokens, Path(folder))
         with layers.bar("refine", num_steps(walk, changes), unit="steps") as step:
-            found = divergences(walk, changes, step)
-    return dict(zip(parts, found.mean(axis=(1, 2), dtype=np.float64).tolist(), strict=True))
+            found = divergences(walk, changes, step, base=lambda i: partial(values, i))
+    *rest, total = found.mean(axis=(1, 2), dtype=np.float64).tolist()
+    return Measurement(total, {part: total - left for part, left in zip(parts, rest, strict=True)})

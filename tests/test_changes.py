@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +14,7 @@ from scipy.special import log_softmax, rel_entr
 from toy_checkpoints import write_architecture
 
 from mlxmoe.checkpoint import open_checkpoint
-from mlxmoe.convert.changes import Change, divergence, divergences, num_steps
+from mlxmoe.convert.changes import Change, Weights, divergence, divergences, num_steps
 from mlxmoe.convert.source import Source
 from mlxmoe.convert.stream import LayerStream
 from mlxmoe.convert.walk import Walk
@@ -88,6 +91,51 @@ def test_alone_is_what_the_whole_model_says(case: str, tmp_path: Path) -> None:
         whole.load_weights([(name, mx.array(weight + 0.3 * weight.std() * noise))], strict=False)
         wanted = rel_entr(np.exp(before), np.exp(predicted())).sum(axis=-1)
         whole.load_weights([(name, originals[name])], strict=False)
+        assert wanted.mean() > 1e-6
+        np.testing.assert_allclose(got, wanted, rtol=0.02, atol=1e-3 * wanted.mean())
+
+
+@pytest.mark.parametrize("case", ["deepseek_v3", "gpt_oss"])
+def test_in_a_changed_model(case: str, tmp_path: Path) -> None:
+    """Noise in every layer; one change gives a layer its weights back, one is the base itself."""
+    source = Source(open_checkpoint(write_architecture(tmp_path / "model", case, dtype=mx.float32)), 32)
+    stream = LayerStream(source)
+    last = len(stream.layers)
+    noisy = {
+        i: change(i, name).weights
+        for i, name in [
+            (-1, "model.embed_tokens.weight"),
+            (0, "model.layers.0.self_attn.o_proj.weight"),
+            (last - 1, f"{source.sites[-1].path}.down_proj.weight"),
+            (last, "lm_head.weight"),
+        ]
+    }
+
+    def base(i: int) -> Weights:
+        return noisy.get(i, lambda stream: {})
+
+    restored = (-1, 0, last - 1, last)
+    changes = [Change(last, base(last)), *(Change(i, lambda stream: {}) for i in restored)]
+    folder = tmp_path / "work"
+    folder.mkdir()
+    walk = Walk(stream, TOKENS, folder)
+    found = divergences(walk, changes, lambda n: None, base)
+    assert list(folder.iterdir()) == []
+
+    whole = source.build()
+    whole.load_weights(list(source.tensors().items()), strict=False)
+
+    def predicted(noise: Collection[int]) -> np.ndarray:
+        originals = dict(source.tensors())
+        whole.load_weights(list(originals.items()), strict=False)
+        stand_in: Any = SimpleNamespace(weight=lambda name: np.array(originals[name]))
+        for i in noise:
+            whole.load_weights([(k, mx.array(v)) for k, v in noisy[i](stand_in).items()], strict=False)
+        return log_softmax(np.array(whole(mx.array(TOKENS))).astype(np.float64), axis=-1)
+
+    before = predicted(())
+    for got, left in zip(found, [noisy, *(set(noisy) - {i} for i in restored)], strict=True):
+        wanted = rel_entr(np.exp(before), np.exp(predicted(left))).sum(axis=-1)
         assert wanted.mean() > 1e-6
         np.testing.assert_allclose(got, wanted, rtol=0.02, atol=1e-3 * wanted.mean())
 

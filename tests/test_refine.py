@@ -20,6 +20,7 @@ from mlxmoe.convert.passes import measure
 from mlxmoe.convert.refine import (
     LIMIT,
     Losses,
+    Measurement,
     Part,
     Quotient,
     expected_losses,
@@ -50,7 +51,8 @@ def test_factor_is_the_quotient_within_limits() -> None:
     assert Quotient(2.0, 3.0).factor == 1.5
     assert Quotient(1.0, 100.0).factor == LIMIT
     assert Quotient(100.0, 1.0).factor == 1 / LIMIT
-    assert Quotient(0.0, 1.0).factor == Quotient(1.0, 0.0).factor == 1.0
+    assert Quotient(0.0, 1.0).factor == 1.0
+    assert Quotient(1.0, -0.1).factor == 1 / LIMIT
 
 
 def test_round_by_round(source: Path, text: Path, tmp_path: Path) -> None:
@@ -71,10 +73,10 @@ def test_round_by_round(source: Path, text: Path, tmp_path: Path) -> None:
     before = {path.name for path in file.parent.iterdir()}
     after, note = refine(layers, losses, plan, tokens, file)
     assert {path.name for path in file.parent.iterdir()} == before | {file.name}
-    assert f"{len(expected)} parts alone cost" in note
+    assert f"{len(expected)} parts cost" in note
     with np.load(file) as saved:
         found = dict(zip(expected, saved["measured"], strict=True))
-    assert min(found.values()) > 0
+        assert 0 < max(found.values()) < saved["total"]
     rescaled = expected_losses(layers, after, job._allocator(after).account(plan).plan)
     for part, value in rescaled.items():
         if part.experts:  # the plan's own entries are those of the trunk
@@ -86,8 +88,8 @@ def test_round_by_round(source: Path, text: Path, tmp_path: Path) -> None:
     assert trunk["lm_head.weight"] == pytest.approx(head)
 
 
-def test_every_part_is_changed_alone_and_coded_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The trunk tensors of a layer, then its experts, both from one coding of the layer."""
+def test_every_part_is_given_back_and_every_layer_coded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trunk tensors of a layer, then its experts, both from one coding of the layer; last the model as it is coded."""
     coded: list[int] = []
     names = {0: ["attention", "experts.up", "experts.down"], 1: ["head"]}
 
@@ -95,9 +97,11 @@ def test_every_part_is_changed_alone_and_coded_once(monkeypatch: pytest.MonkeyPa
         coded.append(i)
         return {name: np.full(2, i) for name in names[i]}
 
-    def found(walk: Any, changes: list[Any], progress: Any) -> np.ndarray:
-        changed.extend((change.layer, sorted(change.weights(None))) for change in changes)
-        return np.arange(12.0).reshape(3, 1, 4)
+    def found(walk: Any, changes: list[Any], progress: Any, base: Any) -> np.ndarray:
+        for i in names:
+            changed.extend((i, sorted(change.weights(None))) for change in changes if change.layer == i)
+            assert sorted(base(i)(None)) == sorted(names[i])
+        return np.repeat([3.0, 2.0, 3.5, 4.0], 4).reshape(4, 1, 4)
 
     changed: list[tuple[int, list[str]]] = []
     layers: Any = SimpleNamespace(
@@ -109,10 +113,9 @@ def test_every_part_is_changed_alone_and_coded_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("mlxmoe.convert.refine.divergences", found)
     parts = [Part(0, False), Part(0, True), Part(1, False)]
     plan: Any = None
-    assert measure_parts(layers, plan, parts, np.zeros((1, 4), np.int32)) == dict(
-        zip(parts, (1.5, 5.5, 9.5), strict=True)
-    )
-    assert changed == [(0, ["attention"]), (0, ["experts.down", "experts.up"]), (1, ["head"])]
+    measured = measure_parts(layers, plan, parts, np.zeros((1, 4), np.int32))
+    assert measured == Measurement(4.0, dict(zip(parts, (1.0, 2.0, 0.5), strict=True)))
+    assert changed == [(0, ["experts.down", "experts.up"]), (0, ["attention"]), (1, []), (1, ["head"])]
     assert coded == [0, 1]
 
 
@@ -148,6 +151,6 @@ def test_goes_on_where_it_was_stopped(
         patched.setattr("mlxmoe.convert.refine.measure_parts", stop)
         assert convert(source, tmp_path / "out", *arguments, "--resume") == 0
     error = capsys.readouterr().err
-    assert "refinement 1: 6 parts alone cost" in error
-    assert "refinement 2: 6 parts alone cost" in error
+    assert "refinement 1: the assembled model diverges by" in error
+    assert "refinement 2: the assembled model diverges by" in error
     assert load_plan(tmp_path / "out").settings["allocation"]["refine"] == 2
