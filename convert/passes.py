@@ -118,8 +118,9 @@ def write(layers: Layers, plan: Plan, write_layer: LayerWriter, written: Callabl
     the coded trunk for `coded_tensor` and the changed routers for `changed_routers`. Returns notes for people."""
     walk, last, notes = layers.walk, layers.last, []
     kind = "quantized" if layers.calibration.predecessors else "hidden"
-    share = share_windows(*walk.tokens.shape) if layers.config.polish in ("layer", "model") else None
-    if layers.config.polish in ("layer", "model") and share is None:
+    by_share = layers.config.polish in ("layer", "model")
+    share = share_windows(*walk.tokens.shape) if by_share else None
+    if by_share and share is None:
         notes.append("one window of calibration text is too little to polish by")
     with layers.bar("quantize", last + 1) as step:
         if not walk.path("trunk", 0, "npz").is_file():
