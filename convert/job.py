@@ -57,7 +57,7 @@ from mlxmoe.convert.write import (
 from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
 from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
-from mlxmoe.work import WorkFolder, flattened, save_arrays, write_whole
+from mlxmoe.work import WorkFolder, differing, save_arrays, write_whole
 
 
 class Outcome(NamedTuple):
@@ -315,13 +315,7 @@ class Job:
             self.work.claim(wanted)
             return
         changed = [key for key in ("mlxmoe", "source") if found.get(key) != wanted[key]]
-        before, now = (flattened(settings) for settings in (found["settings"], wanted["settings"]))
-        changed += [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        if changed:
-            raise UserError(
-                f"the unfinished conversion {self.work.folder} was started with other {' and '.join(changed)}",
-                "use the settings it was started with, or start over with --restart",
-            )
+        self.work.check_same([*changed, *differing(found["settings"], wanted["settings"])])
 
     def _done(self, name: str) -> tuple[FileEntry, tuple[ExpertEntry, ...]] | None:
         saved = self.work.done(name)

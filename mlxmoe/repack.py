@@ -395,11 +395,7 @@ class Repack:
         changed = sorted(name for name in {*before, *files} if before.get(name) != files.get(name))
         if found["mlxmoe"] != __version__:
             changed.insert(0, f"mlxmoe {found['mlxmoe']}")
-        if changed:
-            raise UserError(
-                f"the unfinished repacking {self.work.folder} was started with other {' and '.join(changed)}",
-                "use the source that it was started with, or delete that folder and start over",
-            )
+        self.work.check_same(changed)
         return source
 
     def _check_unchanged(self, source: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ def note_unfinished(folder: Path) -> None:
     """Says, when a run is stopped, that the next one need not start over."""
     if folder.exists():
         note(f"{folder} keeps what is done: the same command with --resume goes on")
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted names of what is not the same in two jobs, the first of them read from JSON."""
+    old, new = flattened(before), flattened(json.loads(json.dumps(now)))
+    return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -165,12 +171,15 @@ class WorkFolder:
         if found is None:
             self.claim(job)
             return
-        before, now = flattened(found), flattened(json.loads(json.dumps(job)))
-        changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+        self.check_same(differing(found, job))
+
+    def check_same(self, changed: Sequence[str]) -> None:
+        """Raises UserError where the work found here was started with other things, which go by these names."""
         if changed:
+            other = "start over with --restart" if self._restarts else "delete that folder and start over"
             raise UserError(
                 f"the unfinished {self.noun} {self.folder} was started with other {' and '.join(changed)}",
-                "use what it was started with, or delete that folder and start over",
+                f"use what it was started with, or {other}",
             )
 
     def done(self, name: str) -> dict[str, Any] | None:
