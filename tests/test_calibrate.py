@@ -376,7 +376,7 @@ def test_stopped_at_every_step(
         (["--nested", "0.5"], "calibration.mu"),
         (["--predecessors", "source"], "calibration.predecessors"),
         (["--method", "awq"], "calibration.method"),
-        (["--nested", "0.5", "--seed", "1"], "calibration.mu and seed"),
+        (["--predecessors", "source", "--seed", "1"], "calibration.predecessors and seed"),
     ],
 )
 def test_resume_with_other_settings(
