@@ -18,6 +18,8 @@ from mlxmoe.convert.refine import Losses
 from mlxmoe.convert.sensitivity import expert_benefits, score_losses
 from mlxmoe.convert.source import Source
 
+pytestmark = pytest.mark.usefixtures("short_windows")
+
 SIZE = 640_000
 LEVELS = (2, 3, 4, 6)
 SMALL = {"num_hidden_layers": 3, "n_routed_experts": 8, "hidden_size": 128, "moe_intermediate_size": 128}
@@ -124,7 +126,7 @@ def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     """Scores are measured, kept by the work folder, and the plan says what was asked."""
     small = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}
     source = write_qwen3(tmp_path / "source", **small)
-    arguments = ["--bpw", "6", "--calibration", str(folder / "text.txt"), "--calibration-tokens", "512"]
+    arguments = ["--bpw", "6", "--calibration", str(folder / "text.txt"), "--calibration-tokens", "256"]
     arguments += ["--sensitivity", "mix=1,1,2", "--expert-bits", "2,4", "--json"]
     assert convert(source, tmp_path / "out", *arguments) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["bytes"] == folder_nbytes(tmp_path / "out")

@@ -177,7 +177,7 @@ def test_what_lets_no_factor_through_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(short_windows: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint `source`, whose experts' hidden values differ in size from column to column, and `text.txt`."""
     folder = tmp_path_factory.mktemp("awq")
     write_qwen3(folder / "source", num_hidden_layers=2, hidden_size=64, moe_intermediate_size=64, num_experts=4)
@@ -187,7 +187,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    return ["--bpw", "6", "--calibration", str(folder / "text.txt"), "--calibration-tokens", "512", *more]
+    return ["--bpw", "6", "--calibration", str(folder / "text.txt"), "--calibration-tokens", "256", *more]
 
 
 def test_scales_of_down_are_taken_back_in_up(folder: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, evaluate
 
+pytestmark = pytest.mark.usefixtures("short_windows")
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,7 +53,7 @@ def text(source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(text: Path) -> list[str]:
-    return ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "1024", "--expert-bits", "2,4,8"]
+    return ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "256", "--expert-bits", "2,4,8"]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_chats_go_through_the_template(source: Path, tmp_path: Path) -> None:
         ("[1]\n", "line 1 has neither text nor messages"),
         ("{", "line 1 is not JSON"),
         ('{"messages": [{"content": 1}, 2]}', "line 1 has neither text nor messages"),
-        ('{"text": "short"}', "is too short: 5 tokens, and one window takes 512"),
+        ('{"text": "short"}', "is too short: 5 tokens, and one window takes 64"),
     ],
 )
 def test_text_that_is_none(
@@ -188,7 +190,7 @@ def test_families(case: str, text: Path, tmp_path: Path) -> None:
     """Converted, loaded and run; routers are those of the source, stored matrices decode to what the plan says they are."""
     changes = {"intermediate_size": 96} if case == "mixtral" else {}
     source = write_architecture(tmp_path / "source", case, **changes)
-    arguments = ["--bpw", "8", "--calibration", str(text), "--calibration-tokens", "512", "--expert-bits", "3,6"]
+    arguments = ["--bpw", "8", "--calibration", str(text), "--calibration-tokens", "256", "--expert-bits", "3,6"]
     assert convert(source, tmp_path / "out", *arguments) == 0
     layer = load_plan(tmp_path / "out").layers[0]
     stack = np.array(Source(open_checkpoint(source), 128).tensors()[f"{layer.path}.up_proj.weight"].astype(mx.float32))
@@ -222,17 +224,18 @@ def test_experts_that_are_never_reached_are_named(
         weights[name] = mx.array(gate).astype(weights[name].dtype)
 
     edit_weights(source, close)
-    arguments = ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "1024"]
+    arguments = ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "256"]
     assert convert(source, tmp_path / "out", *arguments) == 0
     assert "layer 0: the calibration text never reaches experts 2, 3; the layer's own" in capsys.readouterr().err
     assert len(load_plan(tmp_path / "out").layers[0].experts) == 4
 
 
 def test_few_tokens_are_noted(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_words(tmp_path / "short.txt", 130)
+    path = write_words(tmp_path / "short.txt", 40)
     assert convert(source, tmp_path / "out", "--bpw", "6", "--calibration", str(path)) == 0
     error = capsys.readouterr().err
-    assert "the calibration text has 512 tokens, fewer than the 16384 that were asked for" in error
+    tokens = len(path.read_text()) // 64 * 64  # one a letter, in whole windows
+    assert f"the calibration text has {tokens} tokens, fewer than the 16384 that were asked for" in error
 
 
 def test_tokens_that_experts_saw_are_counted(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,7 +328,7 @@ def test_of_several_own_texts_the_balanced_ones_are_kept(source: Path) -> None:
 
 
 def test_converted_by_its_own_text(source: Path, tmp_path: Path) -> None:
-    arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "512"]
+    arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "128"]
     assert convert(source, tmp_path / "out", *arguments) == 0
     assert load_plan(tmp_path / "out").settings["calibration"]["file"] == "self"
 
@@ -449,7 +452,7 @@ def test_calibration_text_that_changed_is_refused(
 
 def test_settings_say_how_it_was_calibrated(whole: Path, text: Path) -> None:
     settings = load_plan(whole).settings["calibration"]
-    assert settings["tokens"] == 1024
+    assert settings["tokens"] == 256
     assert len(settings["sha256"]) == 64
     assert settings["file"] == text.name
 
@@ -503,7 +506,7 @@ def test_layers_that_share_keys_and_values(text: Path, tmp_path: Path, capsys: p
     heads = {"head_dim": 32, "num_key_value_heads": 1}
     changes = {"num_kv_shared_layers": 1, "layer_types": kinds, "per_layer_config": {"1": heads, "2": heads}}
     source = write_architecture(tmp_path / "source", "gemma4_text", **changes)
-    given = ["--bpw", "10", "--calibration", str(text), "--calibration-tokens", "512"]
+    given = ["--bpw", "10", "--calibration", str(text), "--calibration-tokens", "128"]
     assert convert(source, tmp_path / "out", *given) == 2
     error = capsys.readouterr().err
     assert "this architecture cannot be calibrated (Layer 2 is a KV-shared layer" in error
