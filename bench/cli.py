@@ -46,13 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=int, default=value, metavar="N", help=f"{text} (default: %(default)s)")
     parser.add_argument(
         "--compare",
-        choices=["mlx-lm"],
-        help="also measure stock mlx-lm's 4-bit version of the same model, run for run in turn",
+        choices=["mlx-lm", "mlxmoe"],
+        help="also measure, run for run in turn: mlx-lm, stock mlx-lm's 4-bit version of the same model; mlxmoe, another "
+        "model of the same vocabulary as mlxmoe loads it, with --baseline (default: neither)",
     )
     parser.add_argument(
         "--baseline",
         metavar="PATH",
-        help="with --compare: the stock model, as an MLX checkpoint or a folder to quantize (default: made from MODEL)",
+        help="with --compare mlx-lm: the stock model, as an MLX checkpoint or a folder to quantize (default: made from "
+        "MODEL); with --compare mlxmoe: the other model",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
@@ -70,7 +72,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     import mlx.core as mx
     from tqdm import tqdm
 
-    from mlxmoe.bench.baseline import stock_model
+    from mlxmoe.bench.baseline import Baseline, stock_model
     from mlxmoe.bench.decode import fixed_prompt, measure
     from mlxmoe.bench.timing import Ratio, interleave
     from mlxmoe.checkpoint import open_checkpoint
@@ -80,8 +82,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
 
     config = BenchConfig(args.prompt_tokens, args.tokens, args.repeats)
     if args.baseline and not args.compare:
-        raise UserError("--baseline is given without --compare", "add --compare mlx-lm")
-    loaded = open_model(args.model, RuntimeConfig(parse_size(args.memory) if args.memory else None, args.context))
+        raise UserError("--baseline is given without --compare", "add --compare mlx-lm or mlxmoe")
+    if args.compare == "mlxmoe" and not args.baseline:
+        raise UserError("--compare mlxmoe needs another model", "name it with --baseline")
+    runtime = RuntimeConfig(parse_size(args.memory) if args.memory else None, args.context)
+    loaded = open_model(args.model, runtime)
     for line in loaded.report.lines():
         note(line)
     context = loaded.report.context
@@ -91,7 +96,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             f"use --prompt-tokens and --tokens of at most {context} together, or raise --context",
         )
     models = [loaded.model]
-    top_k = num_experts_per_token(open_checkpoint(args.model).config)
+    top_k = [num_experts_per_token(open_checkpoint(name).config) for name in (args.model, args.baseline or args.model)]
     vocabulary = _vocabulary(loaded.model)
     prompt = fixed_prompt(config.prompt_tokens, vocabulary)
 
@@ -103,7 +108,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     notes: list[str] = []
     if args.compare:
         others = mx.get_active_memory()
-        baseline = stock_model(open_checkpoint(args.baseline or args.model), given=bool(args.baseline))
+        if args.compare == "mlxmoe":
+            other = open_model(args.baseline, runtime)
+            baseline = Baseline(other.model, [*other.report.lines()])
+        else:
+            baseline = stock_model(open_checkpoint(args.baseline or args.model), given=bool(args.baseline))
         models.append(baseline.model)
         notes = [f"baseline: {text}" for text in baseline.notes]
         for line in notes:
@@ -121,11 +130,12 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     with tqdm(total=config.repeats * len(models), unit="run", desc="bench", dynamic_ncols=True) as bar:
         runs = interleave(measured, config.repeats, bar.update)
     result: dict[str, Any] = {"model": loaded.report.source, "mode": loaded.report.mode, "settings": asdict(config)}
-    result |= _summary(loaded.model, top_k, runs[0], memory[0])
+    result |= _summary(loaded.model, top_k[0], runs[0], memory[0])
     if args.compare:
         ours, theirs = runs
         result["compare"] = {
-            "baseline": {"source": args.baseline, **_summary(models[1], top_k, theirs, memory[1])},
+            "with": args.compare,
+            "baseline": {"source": args.baseline, **_summary(models[1], top_k[1], theirs, memory[1])},
             "decode_ratio": Ratio.of([r.decode_rate for r in ours], [r.decode_rate for r in theirs]).as_json(),
             "prefill_ratio": Ratio.of([r.prefill_rate for r in ours], [r.prefill_rate for r in theirs]).as_json(),
             "notes": notes,
@@ -183,7 +193,8 @@ def speed_lines(result: dict[str, Any]) -> list[str]:
 
     lines = []
     if compare:
-        lines.append(f"{'':16}{'mlxmoe':37}stock mlx-lm, 4 bits")
+        other = "stock mlx-lm, 4 bits" if compare["with"] == "mlx-lm" else f"mlxmoe, {compare['baseline']['source']}"
+        lines.append(f"{'':16}{'mlxmoe':37}{other}")
     lines += [
         f"{'decode':16}{spread('decode_tokens_per_second', '.1f', 'tok/s')}",
         f"{'prefill':16}{spread('prefill_tokens_per_second', '.1f', 'tok/s')}",

@@ -247,6 +247,20 @@ def report_parts(result: Json) -> list[Part]:
             [["class", "expected loss"], *([name, f"{loss:.3g}"] for name, loss in result["loss_by_class"].items())],
         ),
     ]
+    parts.append(
+        Part(
+            "Sensitivity over the layers",
+            "What each part would lose, to second order, if its weights had a relative squared error of 1: how much it "
+            "matters, whatever width it got. "
+            + (
+                "By calibration text."
+                if result["calibrated"]
+                else "Without calibration text: by fixed weights per class."
+            ),
+            "sensitivity",
+            _sensitivity_figure(result["sensitivity_by_place"]),
+        )
+    )
     if "curve" in result:
         parts += _measured_parts(result)
     return parts
@@ -391,6 +405,21 @@ def _loss_figure(places: Sequence[Json]) -> Any:
     axes.set(xlabel="layer", ylabel="expected loss (nats)", ylim=(0, 1.05 * bottom.max()))
     _thin_ticks(axes, names)
     axes.set_title("where the expected loss comes from", fontsize=10)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def _sensitivity_figure(places: Sequence[Json]) -> Any:
+    """A line per class over the places; a point where it is in one only."""
+    figure, axes = new_figure(height=4.4)
+    names = [row["place"] for row in places]
+    for i, name in enumerate(dict.fromkeys(name for row in places for name in row["losses"])):
+        losses = [row["losses"].get(name) or np.nan for row in places]  # nothing has no place on a log scale
+        axes.plot(range(len(names)), losses, "os^vDP*X"[i % 8] + "-", color=COLOURS[i % len(COLOURS)], label=name, ms=5)
+    axes.set(xlabel="layer", ylabel="loss at a relative error of 1 (nats, log)", yscale="log")
+    _thin_ticks(axes, names)
+    axes.set_title("sensitivity over the layers", fontsize=10)
+    axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 

@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ from mlxmoe.forecast import REMEMBERED_NBYTES
 from mlxmoe.loading import Loaded, open_model
 from mlxmoe.parts import NOT_KEPT, Parts, kept_parts
 from mlxmoe.pictures import check_target, text_table, write_report
-from mlxmoe.plan import LayerPlan, Plan
+from mlxmoe.plan import LayerPlan, Plan, TrunkEntry
 from mlxmoe.prepared import Prepared, full_memory, machine_memory, prepare, smallest_memory
 from mlxmoe.residency import resident_nbytes
 from mlxmoe.runtime import RuntimeConfig
@@ -147,11 +147,16 @@ def describe(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "bpw": plain(8 * checkpoint.nbytes / plan.num_parameters),
         "expected_loss": plan.expected_loss,
+        "calibrated": "calibration" in plan.settings,
         "bytes_by_class": bytes_by_class(checkpoint, plan),
         "loss_by_class": {name: plain(loss) for name, loss in _by_class(plan).items()},
         "loss_by_place": [
             {"place": place, "losses": {name: plain(loss) for name, loss in losses.items()}}
             for place, losses in loss_by_place(plan).items()
+        ],
+        "sensitivity_by_place": [
+            {"place": place, "losses": {name: plain(loss) for name, loss in losses.items()}}
+            for place, losses in sensitivity_by_place(plan).items()
         ],
         "layers": [_layer(layer) for layer in plan.layers],
         "forecast": [] if plan.forecast is None else [list(point) for point in plan.forecast.points],
@@ -188,13 +193,25 @@ def loss_by_place(plan: Plan) -> dict[str, dict[str, float]]:
 
     Embedding first, then the layers in order, then the rest. Together they are the plan's expected loss.
     """
+    return _by_place(plan, lambda entry: entry.weight * entry.error, _losses)
+
+
+def sensitivity_by_place(plan: Plan) -> dict[str, dict[str, float]]:
+    """The same of what relative squared errors of 1 would lose: how much each part matters, whatever width it got."""
+    return _by_place(plan, lambda entry: entry.weight, lambda layer, p: layer.weights[p])
+
+
+def _by_place(
+    plan: Plan, of_trunk: Callable[[TrunkEntry], float], of_experts: Callable[[LayerPlan, int], Sequence[float]]
+) -> dict[str, dict[str, float]]:
+    """Sums of a number of every trunk tensor and of every expert's projection."""
     places: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for name, entry in plan.trunk.items():
         number = re.search(r"\blayers\.(\d+)\.", name)
-        places[number[1] if number else entry.tensor_class][entry.tensor_class] += entry.weight * entry.error
+        places[number[1] if number else entry.tensor_class][entry.tensor_class] += of_trunk(entry)
     for layer in plan.layers:
         for p, shape in enumerate(layer.projections):
-            places[str(layer.layer)][f"experts {shape.name}"] += sum(_losses(layer, p))
+            places[str(layer.layer)][f"experts {shape.name}"] += sum(of_experts(layer, p))
 
     def order(place: str) -> tuple[int, int]:
         return (1, int(place)) if place.isdigit() else (0 if place == "embedding" else 2, 0)

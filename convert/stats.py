@@ -113,7 +113,7 @@ class Accumulator:
         if not (np.isfinite(self._moments).all() and np.isfinite(self._rows).all() and np.isfinite(self._outputs)):
             raise UserError(
                 f"the statistics of {self._path} are not finite",
-                "the checkpoint or its configuration is damaged; --method rtn converts without statistics",
+                "the checkpoint or its configuration is damaged; mlxmoe convert --method rtn needs no statistics",
             )
         counts = self._counts.astype(np.float64)
         # every token's weight and the even share; both parts as means over the expert's tokens

@@ -182,6 +182,18 @@ class LayerStream:
             for n, a in weights.items()
         ]
         module.load_weights(cast, strict=False)
+        for name, array in cast:
+            self._check_finite(prefix + name, array)
+
+    def _check_finite(self, name: str, array: mx.array) -> None:
+        """Here, where what is damaged is known by name, and not behind the layers that it spoils."""
+        if not mx.issubdtype(array.dtype, mx.floating) or mx.isfinite(array).all().item():
+            return
+        where = ""
+        if any(name.startswith(site.path + ".") for site in self._source.sites):
+            bad = [e for e, part in enumerate(array) if not mx.isfinite(part).all().item()]
+            where = f" in expert {bad[0]}"
+        raise UserError(f"{name} has values that are not finite{where}", "the checkpoint is damaged: download it again")
 
     # -- running -------------------------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class Walk:
                 if not mx.isfinite(output).all().item():
                     raise UserError(
                         f"the hidden states behind {self.stream.path(i)} are not finite",
-                        "the checkpoint or its configuration is damaged; --method rtn converts without running the model",
+                        "the checkpoint or its configuration is damaged; mlxmoe convert --method rtn does not run the model",
                     )
                 if observe is not None:
                     observe(rows, output)

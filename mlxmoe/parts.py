@@ -18,7 +18,6 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from mlxmoe.errors import UserError
 from mlxmoe.work import WorkFolder, write_whole
 
 T = TypeVar("T")
@@ -63,7 +62,7 @@ def kept_parts(output: Path, noun: str, job: dict[str, Any], resume: bool) -> It
         work.resume_or_claim(job)
         try:
             yield work.state, Parts(work.state)
-        except UserError:
+        except BaseException:
             if not any(path.name != "job.json" for path in work.state.glob("*.json")):
                 shutil.rmtree(work.folder)
             raise

@@ -286,6 +286,28 @@ def test_the_command_compares(
     assert not any("INFO" in line for line in lines)  # mlx-lm's own chatter belongs to stderr
 
 
+def test_two_models_that_mlxmoe_loads(
+    checkpoint: Path, stock_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other one's numbers are those that it has alone."""
+    assert (
+        main(["bench", str(checkpoint), "--compare", "mlxmoe", "--baseline", str(stock_checkpoint), *QUICK, "--json"])
+        == 0
+    )
+    *lines, last = capsys.readouterr().out.splitlines()
+    compare = json.loads(last)["compare"]
+    assert main(["bench", str(stock_checkpoint), *QUICK, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert compare["with"] == "mlxmoe"
+    assert compare["baseline"]["bytes_per_token"] == alone["bytes_per_token"]
+    assert compare["baseline"]["bytes_per_token"] != json.loads(last)["bytes_per_token"]
+    assert f"mlxmoe, {stock_checkpoint}" in lines[0]
+    assert not any("mlx-lm, 4 bits" in line for line in lines)
+    ratio, key = compare["decode_ratio"], "decode_tokens_per_second"
+    expected = json.loads(last)[key]["median"] / compare["baseline"][key]["median"]
+    assert ratio["of_medians"] == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_baseline_must_be_of_the_same_model(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +324,7 @@ def test_the_baseline_must_be_of_the_same_model(
         (["--tokens", "1"], "--tokens is 1, expected 2 or more"),
         (["--prompt-tokens", "0"], "--prompt-tokens is 0, expected 1 or more"),
         (["--baseline", "x"], "--baseline is given without --compare"),
+        (["--compare", "mlxmoe"], "--compare mlxmoe needs another model"),
         (["--prompt-tokens", "2040", "--tokens", "9"], "2040 prompt tokens and 9 decoded exceed the context of"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +14,7 @@ from toy_checkpoints import convert, write_architecture, write_qwen3
 from toy_text import write_domains
 
 from mlxmoe.bench.pages import report_parts, stats_parts
-from mlxmoe.bench.report import bytes_by_class, describe, loss_by_place, measure_curve
+from mlxmoe.bench.report import bytes_by_class, describe, loss_by_place, measure_curve, sensitivity_by_place
 from mlxmoe.bench.stats import load_stats
 from mlxmoe.checkpoint import folder_nbytes, open_checkpoint
 from mlxmoe.cli import main
@@ -92,6 +93,26 @@ def test_all_losses_together_are_the_expected_one(which: str, out: Path) -> None
     assert {"experts gate_proj", "experts up_proj", "experts down_proj"} <= places["1"].keys()
 
 
+def test_sensitivity_is_the_loss_of_parts_that_are_all_wrong(out: Path) -> None:
+    """The loss of a plan whose written errors are all 1."""
+    plan = Plan.load(out)
+    wrong = [
+        layer._replace(
+            experts=tuple(e._replace(errors=tuple((1.0,) * len(levels) for levels in e.errors)) for e in layer.experts)
+        )
+        for layer in plan.layers
+    ]
+    trunk = {name: entry._replace(error=1.0) for name, entry in plan.trunk.items()}
+    expected = loss_by_place(replace(plan, layers=tuple(wrong), trunk=trunk))
+    found = sensitivity_by_place(plan)
+    assert list(found) == list(expected)
+    for place, losses in found.items():
+        assert losses == pytest.approx(expected[place])
+    listed = describe(open_checkpoint(out), plan)
+    assert [row["place"] for row in listed["sensitivity_by_place"]] == list(found)
+    assert listed["calibrated"] is False
+
+
 def test_levels_are_those_of_the_plan(out: Path) -> None:
     checkpoint, plan = open_checkpoint(out), Plan.load(out)
     for described, layer in zip(describe(checkpoint, plan)["layers"], plan.layers, strict=True):
@@ -106,7 +127,10 @@ def test_plan_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = json.loads((tmp_path / "r" / "report.json").read_text())
     assert kept == printed
     names = sorted(path.name for path in (tmp_path / "r").iterdir())
-    assert names == ["bytes.png", "expected-loss.png", "levels.png", "report.html", "report.json"]
+    assert names == [
+        *("bytes.png", "expected-loss.png", "levels.png"),
+        *("report.html", "report.json", "sensitivity.png"),
+    ]
     page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     for nbytes in kept["bytes_by_class"].values():
         assert f"<td>{nbytes}</td>" in page
@@ -259,7 +283,7 @@ def test_every_picture_is_drawn(measured: Path, tmp_path: Path) -> None:
     result = json.loads((measured / "r" / "report.json").read_text())
     parts = report_parts(result) + stats_parts(result["stats"])
     written = write_report(tmp_path / "r", "title", parts)
-    assert len(written) == 16
+    assert len(written) == 17
     for path in written[1:]:
         assert path.read_bytes().startswith(b"\x89PNG")
     for drawing in re.findall(r"<svg.*?</svg>", written[0].read_text(encoding="utf-8"), re.DOTALL):

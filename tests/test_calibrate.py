@@ -252,25 +252,6 @@ def test_tokens_that_experts_saw_are_counted(text: Path, tmp_path: Path, capsys:
     assert all(0 <= int(rarest) < 32 < int(most) <= 512 for _, rarest, most in found)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.experts.3.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"]
-)
-def test_damaged_weights_leave_nothing(
-    name: str, source: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = shutil.copytree(source, tmp_path / "source")
-
-    def damage(weights: dict[str, mx.array]) -> None:
-        values = np.array(weights[name].astype(mx.float32))
-        values.flat[3] = np.nan
-        weights[name] = mx.array(values).astype(weights[name].dtype)
-
-    edit_weights(folder, damage)
-    assert convert(folder, tmp_path / "out", *arguments) == 2
-    assert "are not finite" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
 def test_model_writes_its_own_text(source: Path, tmp_path: Path) -> None:
     """Every window starts with an opening and goes on with what the model draws, the same for the same seed."""
     loaded = open_model(source)
@@ -528,6 +509,44 @@ def test_hidden_states_that_are_not_finite(
     edit_weights(folder, enlarge)
     assert convert(folder, tmp_path / "out", *arguments) == 2
     assert "the hidden states behind model.layers.0 are not finite" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "layers.1.mlp.experts.3.up_proj",
+            "layers.1.mlp.switch_mlp.up_proj.weight has values that are not finite in expert 3",
+        ),
+        ("layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj.weight has values that are not finite"),
+        ("layers.1.mlp.gate", "layers.1.mlp.gate.weight has values that are not finite"),
+        ("layers.0.input_layernorm", "layers.0.input_layernorm.weight has values that are not finite"),
+        ("norm", "model.norm.weight has values that are not finite"),
+        ("embed_tokens", "model.embed_tokens.weight has values that are not finite"),
+    ],
+)
+def test_what_is_not_finite_is_named(
+    name: str,
+    value: float,
+    words: str,
+    source: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The tensor, and not the hidden states that it spoils; before anything is measured."""
+    folder = shutil.copytree(source, tmp_path / "source")
+
+    def spoil(weights: dict[str, mx.array]) -> None:
+        values = np.array(weights[f"model.{name}.weight"].astype(mx.float32))
+        values.flat[3] = value
+        weights[f"model.{name}.weight"] = mx.array(values).astype(mx.bfloat16)
+
+    edit_weights(folder, spoil)
+    assert convert(folder, tmp_path / "out", *arguments) == 2
+    assert words in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 

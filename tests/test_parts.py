@@ -95,9 +95,10 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [False, True])
-def test_what_is_refused_before_there_is_a_part_leaves_nothing(kept: bool, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such thing"):
-        stop(tmp_path / "out", {}, UserError("no such thing", "try another"), kept)
+@pytest.mark.parametrize("error", [UserError("no", "yes"), PermissionError(13, "no"), KeyboardInterrupt()])
+def test_what_ends_before_there_is_a_part_leaves_nothing(error: BaseException, kept: bool, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        stop(tmp_path / "out", {}, error, kept)
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"] * kept
 
 
