@@ -17,6 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxmoe.experts import ExpertLayer, KernelExperts
+from mlxmoe.parts import NOT_KEPT, Parts
 
 SELF = "self"  # stands where a file of text would be named
 _SIDE_BY_SIDE = 16
@@ -57,23 +58,29 @@ def own_text(
     seed: int,
     progress: Callable[[int], object],
     candidates: int = 1,
+    parts: Parts = NOT_KEPT,
 ) -> np.ndarray:
     """int32 [windows, window] drawn from the model at temperature 1, one opening after another; the end of a text is no
     end: the model goes on with what it takes for the next one. `candidates` times as many are drawn, and those kept that
-    use the experts evenly (`balanced_choice`). The same seed gives the same tokens on the same machine."""
+    use the experts evenly (`balanced_choice`). The same seed gives the same tokens on the same machine. What is drawn is
+    kept in `parts`, and taken from there."""
     openings = [list(tokenizer.encode(text, add_special_tokens=False))[: window - 1] for text in OPENINGS]
-    parts, drawn = [], windows * candidates
+    texts, drawn = [], windows * candidates
     for start in range(0, drawn, _SIDE_BY_SIDE):
         chosen = [openings[i % len(openings)] for i in range(start, min(start + _SIDE_BY_SIDE, drawn))]
         shortest = min(map(len, chosen))  # equal lengths: no padding, which not every architecture masks
-        tokens = mx.array([opening[:shortest] for opening in chosen])
-        parts.append(_continue(model, tokens, window, mx.random.key((seed << 32) + start)))
+        written = parts.get(f"text-{start}", np.ndarray)
+        if written is None:
+            tokens = mx.array([opening[:shortest] for opening in chosen])
+            written = _continue(model, tokens, window, mx.random.key((seed << 32) + start))
+            parts.keep(f"text-{start}", written)
+        texts.append(written.astype(np.int32))
         progress(len(chosen))
     if candidates == 1:
-        return np.concatenate(parts)
-    readings = [_read_again(model, part) for part in parts]
+        return np.concatenate(texts)
+    readings = [_read_again(model, part) for part in texts]
     loads, surprise = (np.concatenate(values) for values in zip(*readings, strict=True))
-    return np.concatenate(parts)[balanced_choice(loads, surprise, windows)]
+    return np.concatenate(texts)[balanced_choice(loads, surprise, windows)]
 
 
 def balanced_choice(loads: np.ndarray, surprise: np.ndarray, count: int) -> np.ndarray:

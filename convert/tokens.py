@@ -15,6 +15,7 @@ from mlxmoe.convert.hubtext import HUB, hub_documents
 from mlxmoe.convert.selftext import SELF, own_text
 from mlxmoe.errors import UserError
 from mlxmoe.loading import open_model
+from mlxmoe.parts import Parts
 from mlxmoe.work import save_arrays
 
 
@@ -39,16 +40,18 @@ def calibration_tokens(
     path = folder / "tokens.npz"
     if not path.is_file():
         if text.file == SELF:
-            tokens = _own_text(checkpoint, text, seed, quiet)
+            tokens = _own_text(checkpoint, text, seed, Parts(folder), quiet)
         else:
             documents = hub_documents(tokenizer, text.windows * text.window, seed)
             tokens = choose_tokens(documents, tokenizer, text, seed)
         save_arrays(path, {"tokens": tokens})
+        for written in folder.glob("text-*.json"):
+            written.unlink()
     with np.load(path) as saved:
         return np.array(saved["tokens"])
 
 
-def _own_text(checkpoint: Checkpoint, text: Calibration, seed: int, quiet: bool) -> np.ndarray:
+def _own_text(checkpoint: Checkpoint, text: Calibration, seed: int, parts: Parts, quiet: bool) -> np.ndarray:
     """What the model writes. The whole model must fit in memory for it."""
     loaded, drawn = open_model(checkpoint.folder), text.windows * text.candidates
     with tqdm(total=drawn, unit=" texts", desc="write text", disable=quiet) as bar:
@@ -57,4 +60,5 @@ def _own_text(checkpoint: Checkpoint, text: Calibration, seed: int, quiet: bool)
             seed=seed,
             progress=bar.update,
             candidates=text.candidates,
+            parts=parts,
         )

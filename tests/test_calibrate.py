@@ -28,6 +28,7 @@ from toy_text import write_words
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
+from mlxmoe.convert import selftext
 from mlxmoe.convert.calibrate import METHODS, Calibration, choose_tokens, default_tokens, read_documents
 from mlxmoe.convert.config import ConvertConfig
 from mlxmoe.convert.job import Job
@@ -312,6 +313,29 @@ def test_converted_by_its_own_text(source: Path, tmp_path: Path) -> None:
     arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "128"]
     assert convert(source, tmp_path / "out", *arguments) == 0
     assert load_plan(tmp_path / "out").settings["calibration"]["file"] == "self"
+
+
+def test_own_text_that_was_stopped_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing it takes hours for a large model: what is written is not written again."""
+    arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "512"]
+    monkeypatch.setattr("mlxmoe.convert.selftext._SIDE_BY_SIDE", 1)
+    write, written = selftext._continue, []
+
+    def counted(*given: Any) -> np.ndarray:
+        if len(written) == 1:
+            written.append("stop")
+            raise KeyboardInterrupt
+        written.append("text")
+        return write(*given)
+
+    monkeypatch.setattr(selftext, "_continue", counted)
+    assert convert(source, tmp_path / "out", *arguments) == 130
+    assert (tmp_path / "out.partial" / "state" / "text-0.json").is_file()
+    assert convert(source, tmp_path / "out", *arguments, "--resume") == 0
+    assert written == ["text", "stop", "text"]
+    monkeypatch.setattr(selftext, "_continue", write)
+    assert convert(source, tmp_path / "whole", *arguments) == 0
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
 
 def test_without_text_a_note_says_what_it_would_give(
