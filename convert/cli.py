@@ -27,6 +27,7 @@ from mlxmoe.convert.config import (
     ConvertConfig,
     Replication,
     default_polish,
+    default_rotation,
     parse_replicas,
     parse_rules,
     parse_sensitivity,
@@ -102,9 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "error, gradient and frequency (default: %(default)s, the loss by the gradients on calibration text)",
     )  # fmt: skip
     parser.add_argument(
-        "--rotation", choices=CHOICES, default=ConvertConfig.rotation, metavar="NAME",
+        "--rotation", choices=CHOICES, metavar="NAME",
         help=f"rotation of the experts' inputs and hidden values: {', '.join(CHOICES)}; auto chooses for every layer what "
-        f"lowers the error, dfrot is fitted; both need --calibration (default: %(default)s)",
+        "lowers the error, dfrot is fitted; both need --calibration (default: auto with --calibration, none without it, "
+        "with --method awq or with --replicas)",
     )  # fmt: skip
     parser.add_argument(
         "--refine", type=int, default=share.refine, metavar="N",
@@ -168,7 +170,7 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
         expert_levels=levels,
         rules=parse_rules(args.bits),
         seed=args.seed,
-        rotation=args.rotation,
+        rotation=default_rotation(calibration, replicas) if args.rotation is None else args.rotation,
         replicas=replicas,
         polish=default_polish(calibration, replicas) if args.polish is None else args.polish,
         router=args.router,

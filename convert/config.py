@@ -186,6 +186,11 @@ class ConvertConfig:
         return {name: value for name, value in settings.items() if value is not None}
 
 
+def default_rotation(calibration: Calibration | None, replicas: Replication | None) -> str:
+    """`auto` wherever it can be done: it keeps none where none is better."""
+    return "auto" if calibration is not None and calibration.method == "gptq" and replicas is None else "none"
+
+
 def default_polish(calibration: Calibration | None, replicas: Replication | None) -> str:
     """`layer` wherever it can be done; the windows that it holds back see to it that it does no harm."""
     return "layer" if calibration is not None and calibration.mu == 0 and replicas is None else "none"

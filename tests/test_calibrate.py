@@ -317,7 +317,7 @@ def test_converted_by_its_own_text(source: Path, tmp_path: Path) -> None:
 
 def test_own_text_that_was_stopped_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing it takes hours for a large model: what is written is not written again."""
-    arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "512"]
+    arguments = ["--bpw", "6", "--calibration", "self", "--calibration-tokens", "64"]
     monkeypatch.setattr("mlxmoe.convert.selftext._SIDE_BY_SIDE", 1)
     write, written = selftext._continue, []
 

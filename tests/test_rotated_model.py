@@ -285,7 +285,7 @@ def test_a_stopped_conversion_goes_on_with_the_same_rotation(
         (["--rotation", "auto"], "--rotation auto goes by text"),
         (["--rotation", "dfrot-100"], "--rotation dfrot-100 goes by text"),
         (["--rotation", "block-hadamard-128"], "does not fit the 64 columns of down_proj, which are not a multiple"),
-        (["--rotation", "hadamard", "--seed", "-1"], "--seed -1 is below 0"),
+        (["--rotation", "hadamard", "--seed", "-1"], "--seed -1 is not between 0"),
     ],
 )
 def test_refused_before_any_work(
