@@ -38,7 +38,6 @@ from mlxmoe.parts import NOT_KEPT, Parts, kept_parts
 from mlxmoe.pictures import check_target, text_table, write_report
 from mlxmoe.plan import LayerPlan, Plan, TrunkEntry
 from mlxmoe.prepared import Prepared, full_memory, machine_memory, prepare, smallest_memory
-from mlxmoe.residency import resident_nbytes
 from mlxmoe.runtime import RuntimeConfig
 from mlxmoe.store import record_parts
 from mlxmoe.units import format_size, parse_size
@@ -318,7 +317,7 @@ def measure_curve(
         residency = elastic.residency
         result = evaluate(loaded.model, loaded.tokenizer, texts, wanted, config, reference.tokenizer, progress=True)
         nbytes_experts = sum(
-            resident_nbytes(shape, level, prepared.group_nbytes)
+            prepared.storage.nbytes(shape, level)
             for layer, levels in zip(plan.layers, residency.levels, strict=True)
             for expert in levels
             for shape, level in zip(layer.projections, expert, strict=True)

@@ -53,7 +53,7 @@ from mlxmoe.convert.stream import LayerStream, Record
 from mlxmoe.convert.tokens import read_tokenizer
 from mlxmoe.convert.walk import Walk
 from mlxmoe.errors import UserError
-from mlxmoe.formats import LEVELS
+from mlxmoe.formats import WRITTEN_LEVELS
 from mlxmoe.models import ExpertSite
 
 _KEPT_ROWS = 2048  # of every sampled matrix, for the scores that need single tokens
@@ -73,9 +73,9 @@ class SensitivityConfig:
     def __post_init__(self) -> None:
         if self.experts < 4:
             raise UserError(f"--experts {self.experts} are too few to rank", "64 is the default")
-        if not self.levels or set(self.levels) - set(LEVELS):
-            listed = ", ".join(map(str, self.levels))
-            raise UserError(f"the levels {listed} are not all among 2, 3, 4, 6, 8", "try --level 2,3")
+        if not self.levels or set(self.levels) - set(WRITTEN_LEVELS):
+            listed, known = (", ".join(map(str, levels)) for levels in (self.levels, WRITTEN_LEVELS))
+            raise UserError(f"the levels {listed} are not all among {known}", "try --level 2,3")
         if self.window < 2:
             raise UserError(f"a window of {self.window} tokens predicts nothing", "256 is the default")
         if not 0 <= self.seed < SEEDS:

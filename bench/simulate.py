@@ -48,7 +48,7 @@ from mlxmoe.convert.stats import Accumulator, Moments
 from mlxmoe.convert.stream import LayerStream, Record
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, choose_windows, evaluate, remembered
-from mlxmoe.formats import GROUP_SIZES, LEVELS, MatrixShape, choose_group_size
+from mlxmoe.formats import GROUP_SIZES, NARROW_LEVELS, MatrixShape, choose_group_size
 from mlxmoe.gates import gate_scores
 from mlxmoe.loading import open_model
 from mlxmoe.rotation import GAMMAS, NAMES, Rotation, fits, rotate, rotate_moments, unrotate
@@ -116,7 +116,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        widths = LEVELS if self.feedback else WIDTHS
+        widths = NARROW_LEVELS if self.feedback else WIDTHS
         _one_of("bits", self.bits, widths)
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("rotation", self.rotation, NAMES)

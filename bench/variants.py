@@ -27,7 +27,7 @@ from mlxmoe.convert.quantize import WIDTHS
 from mlxmoe.convert.replicas import BUDGET, STRATEGIES
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import read_text
-from mlxmoe.formats import LEVELS
+from mlxmoe.formats import NARROW_LEVELS
 
 KINDS = ("routed", "shared")
 CHOICES = ("random", "frequency", "sensitivity", "mixed", "adaptive", "groups")  # of the experts that get copies
@@ -279,7 +279,7 @@ def _counts(entry: Entry, simulation: Simulation) -> dict[str, np.ndarray]:
 
 def _same_bytes(bits: np.ndarray, recipe: Recipe) -> np.ndarray:
     """For every sum of bits the widest code that is no wider."""
-    widths = np.array(LEVELS if recipe.feedback else WIDTHS)
+    widths = np.array(NARROW_LEVELS if recipe.feedback else WIDTHS)
     return widths[np.searchsorted(widths, bits, side="right") - 1]
 
 

@@ -29,6 +29,7 @@ from mlxmoe.convert.gptq import Code, Coded, decoded, output_errors, symmetric_c
 from mlxmoe.convert.quantize import encode, output_clip_search
 from mlxmoe.convert.stats import Moments
 from mlxmoe.errors import UserError
+from mlxmoe.formats import NARROW_LEVELS
 from mlxmoe.kernels import activation_of
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -124,24 +125,37 @@ def degree(experts: Any) -> int:
 def rounded(weight: np.ndarray, hessian: np.ndarray, level: int, group_size: int) -> tuple[Coded, Code]:
     """weight [E, N, K] -> codes rounded to nearest on grids clipped by the error of the outputs; the gains of the levels
     below are fitted by least squares in the metric of hessian [E, K, K]."""
-    scales, code = output_clip_search(weight, hessian, level, group_size), symmetric_code(level)
+    coded, code = nearest(weight, output_clip_search(weight, hessian, level, group_size), level)
+    return with_gains(weight, hessian, coded, code), code
+
+
+def nearest(weight: np.ndarray, scales: np.ndarray, level: int) -> tuple[Coded, Code]:
+    """weight [E, N, K] -> codes rounded to nearest at scales [E, N, K/G], all gains 1."""
+    code, group_size = symmetric_code(level), weight.shape[2] // scales.shape[2]
     codes = encode(weight.reshape(-1, group_size), scales.reshape(-1), level).reshape(weight.shape)
     gains = np.ones((len(weight), len(code.tables) - 1), np.float32)
-    coded = Coded(codes=codes, scales=scales, biases=np.zeros_like(scales), gains=gains)
-    for lower in range(1, len(code.tables)):
-        values = decoded(coded, code, lower)
+    return Coded(codes, scales, np.zeros_like(scales), gains), code
+
+
+def with_gains(weight: np.ndarray, hessian: np.ndarray, coded: Coded, code: Code) -> Coded:
+    """With the gains of the levels below the full one by least squares in the metric of hessian [E, K, K]; of those above
+    8 bits they are 1 (quantize.truncation_fit)."""
+    gains = np.ones_like(coded.gains)
+    for i in range(min(coded.gains.shape[1], len(NARROW_LEVELS))):
+        values = decoded(coded, code, i + 1)
         curved = values @ hessian
         square = np.einsum("enk,enk->e", curved, values, dtype=np.float64)
         fit = np.einsum("enk,enk->e", curved, weight, dtype=np.float64) / np.where(square > 0, square, 1.0)
-        gains[:, lower - 1] = np.where(fit > 0, fit, 1.0)
-    return coded, code
+        gains[:, i] = np.where(fit > 0, fit, 1.0)
+    return coded._replace(gains=gains)
 
 
 def find_balance(last: Projection, levels: Sequence[int], group_size: int, exponent: int) -> Balance:
-    """The scales of the last projection of all experts, each searched at the level [E] that it will be written at."""
+    """The scales of the last projection of all experts, each searched at the level [E] that it will be written at; 1 above 8
+    bits, where there is no error worth one."""
     scales = np.ones((len(last.stack), last.stack.shape[2]), np.float32)
     step = max(1, _STACK_WEIGHTS // last.stack[0].size)
-    for level in sorted(set(levels)):
+    for level in sorted(set(levels) & set(NARROW_LEVELS)):
         chosen = np.flatnonzero(np.asarray(levels) == level)
 
         def values(matrix: Projection, level: int = level) -> np.ndarray:

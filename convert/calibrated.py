@@ -11,7 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxmoe.convert.awq import rounded
+from mlxmoe.convert.awq import nearest, rounded, with_gains
 from mlxmoe.convert.gptq import (
     SWEEPS,
     Code,
@@ -24,9 +24,18 @@ from mlxmoe.convert.gptq import (
     quantize,
     symmetric_code,
 )
-from mlxmoe.convert.quantize import Affine, affine_search, clip_search
+from mlxmoe.convert.quantize import Affine, affine_search, clip_search, unclipped_scales
 from mlxmoe.convert.stats import Moments
-from mlxmoe.formats import LEVELS, PLANE_WIDTHS, MatrixShape, PackedMatrix, num_planes, pack_codes, split_planes
+from mlxmoe.formats import (
+    FIELD_BITS,
+    LEVELS,
+    PLANE_WIDTHS,
+    MatrixShape,
+    PackedMatrix,
+    num_planes,
+    pack_codes,
+    split_planes,
+)
 from mlxmoe.rotation import IDENTITY, Rotation, rotate, rotate_moments, unrotate
 
 _STACK_WEIGHTS = 1 << 23  # weights coded together: float32 copies of them are there a dozen times
@@ -58,6 +67,9 @@ def _start(weight: np.ndarray, level: int, group_size: int) -> np.ndarray:
 def _encode(
     weight: np.ndarray, curved: Curvature, level: int, group_size: int, mu: float, sweeps: int, feedback: bool
 ) -> tuple[Coded, Code]:
+    if level > FIELD_BITS:
+        scales = unclipped_scales(weight.reshape(*weight.shape[:2], -1, group_size), level)
+        return nearest(weight, scales, level)
     if not feedback:
         return rounded(weight, curved.hessian, level, group_size)
     code = symmetric_code(level, mu)
@@ -101,7 +113,8 @@ def pack_experts(
     """Every expert of one projection [E, N, K] at its own level, coded behind `rotation`: the stored matrix, its relative
     errors (of the outputs) at every level up to that, and the values [N, K] that it stands for, rotated back.
 
-    feedback: GPTQ; False rounds to nearest on grids clipped by the error of the outputs (awq.py)."""
+    feedback: GPTQ; False rounds to nearest on grids clipped by the error of the outputs (awq.py). Above 8 bits both round
+    to nearest (quantize.unclipped_scales), and `mu` is of no account."""
     result: dict[int, tuple[PackedMatrix, tuple[float, ...], np.ndarray]] = {}
     for level in sorted(set(levels)):
         chosen = np.array([e for e, own in enumerate(levels) if own == level])
@@ -110,6 +123,7 @@ def pack_experts(
             curved = curvature(rotate_moments(moments.hessian[experts], rotation))
             weight = rotate(stack[experts], rotation)
             coded, code = _encode(weight, curved, level, shape.group_size, mu, SWEEPS, feedback)
+            coded = coded if level <= FIELD_BITS else with_gains(weight, curved.hessian, coded, code)
             norms = output_errors(weight, curved.hessian, moments.row_weights[experts])
             lost = [
                 output_errors(weight - decoded(coded, code, i), curved.hessian, moments.row_weights[experts])

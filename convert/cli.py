@@ -37,7 +37,7 @@ from mlxmoe.convert.job import Job, Outcome
 from mlxmoe.convert.rotate import CHOICES
 from mlxmoe.convert.selftext import SELF
 from mlxmoe.errors import UserError
-from mlxmoe.formats import LEVELS
+from mlxmoe.formats import WRITTEN_LEVELS
 from mlxmoe.units import format_size, parse_size
 
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weights per scale in the experts: 128, 64 or 32 (default: %(default)s, or the next that divides)",
     )  # fmt: skip
     parser.add_argument(
-        "--expert-bits", default=",".join(map(str, LEVELS)), metavar="LIST",
+        "--expert-bits", default=",".join(map(str, WRITTEN_LEVELS)), metavar="LIST",
         help="levels that experts may be written at (default: %(default)s)",
     )  # fmt: skip
     rules = "; ".join(f"{name}={low}-{high}" for name, (low, high) in DEFAULT_RULES.items())

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlxmoe.convert.calibrate import Calibration
 from mlxmoe.errors import UserError
-from mlxmoe.formats import GROUP_SIZES, LEVELS
+from mlxmoe.formats import GROUP_SIZES, WRITTEN_LEVELS
 from mlxmoe.rotation import PLAIN
 
 Rule = tuple[int, int]  # lowest and highest bits of a class
@@ -102,7 +102,7 @@ class ConvertConfig:
     target_nbytes: int | None = None
     bpw: float | None = None
     group_size: int = 128
-    expert_levels: tuple[int, ...] = LEVELS
+    expert_levels: tuple[int, ...] = WRITTEN_LEVELS
     rules: dict[str, Rule] = field(default_factory=dict)
     seed: int = 0
     calibration: Calibration | None = None  # None: least squares on the weights, without any text
@@ -119,9 +119,10 @@ class ConvertConfig:
             raise UserError(f"--bpw {self.bpw} is not between 1 and 32", "bits per weight, all files counted: try 3")
         if self.group_size not in GROUP_SIZES:
             raise UserError(f"group size {self.group_size} is not one of 32, 64, 128", "128 is the default")
-        unknown = set(self.expert_levels) - set(LEVELS)
+        unknown = set(self.expert_levels) - set(WRITTEN_LEVELS)
         if unknown or not self.expert_levels:
-            raise UserError(f"expert levels {sorted(unknown)} are not among 2, 3, 4, 6, 8", "try --expert-bits 2,3,4")
+            known = ", ".join(map(str, WRITTEN_LEVELS))
+            raise UserError(f"expert levels {sorted(unknown)} are not among {known}", "try --expert-bits 2,3,4")
         if not 0 <= self.seed < SEEDS:
             raise UserError(f"--seed {self.seed} is not between 0 and {SEEDS - 1}", "0 is the default")
         if self.rotation not in PLAIN and self.calibration is None:

@@ -63,7 +63,8 @@ class Code(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """codes uint8 [E, N, K], scales and biases float32 [E, N, K/G] (exact in float16), gains [E, lower levels]."""
+    """codes [E, N, K] (uint8, above 8 bits uint16), scales and biases float32 [E, N, K/G] (exact in float16), gains
+    [E, lower levels]."""
 
     codes: np.ndarray
     scales: np.ndarray

@@ -29,7 +29,7 @@ from mlxmoe.convert.changes import divergence
 from mlxmoe.convert.quantize import Affine
 from mlxmoe.convert.stream import Record
 from mlxmoe.convert.walk import Walk
-from mlxmoe.formats import PLANE_WIDTHS, PackedMatrix, join_planes, unpack_codes
+from mlxmoe.formats import FIELD_BITS, PLANE_WIDTHS, PackedMatrix, join_planes, unpack_codes
 from mlxmoe.rotation import IDENTITY, Rotation, rotate, unrotate
 
 EPOCHS = 3
@@ -48,7 +48,8 @@ _EVEN_OUTPUTS = 0.05  # of the mean of diag(M), added to it
 class Stored:
     """The matrices of one module as stored: scales * (codes + zeros) + biases, behind `rotation`.
 
-    codes uint8 [E, N, K], zeros float32 [E], scales and biases float32 [E, N, K/G], biases None where there are none.
+    codes uint8 (uint16 where there is a matrix of more than 8 bits) [E, N, K], zeros float32 [E], scales and biases float32
+    [E, N, K/G], biases None where there are none.
     """
 
     codes: np.ndarray
@@ -79,6 +80,11 @@ class Stored:
         return cls(coded.codes.reshape(1, *shape), np.zeros(1, np.float32), scales, biases)
 
     @property
+    def free(self) -> np.ndarray:
+        """bool [E]: whose scales move. Above 8 bits there is no error that one step would not exceed: they stay."""
+        return self.zeros >= -((1 << FIELD_BITS) - 1) / 2
+
+    @property
     def group_size(self) -> int:
         return self.codes.shape[2] // self.scales.shape[2]
 
@@ -92,7 +98,7 @@ class Stored:
     def slopes(self, gradient: np.ndarray) -> list[np.ndarray]:
         """The gradient [E, N, K] of a loss at the values -> that at the scales, and at the biases where there are any."""
         grouped = rotate(gradient, self.rotation).reshape(*self.scales.shape, self.group_size)
-        found = [np.einsum("enkg,enkg->enk", grouped, self._units())]
+        found = [np.einsum("enkg,enkg->enk", grouped, self._units()) * self.free[:, None, None]]
         return found if self.biases is None else [*found, grouped.sum(axis=-1)]
 
     def parameters(self) -> list[np.ndarray]:
@@ -411,11 +417,11 @@ def normal_equations(record: Record, rest: np.ndarray, metric: Metric, rows: np.
     return Normal(matrix, right)
 
 
-def fit_factors(normal: Normal, ridge: float = RIDGE) -> np.ndarray:
+def fit_factors(normal: Normal, free: np.ndarray | bool = True, ridge: float = RIDGE) -> np.ndarray:
     """float64 [E]: the factors 1 + d that lower the loss most, d = (matrix + ridge * diag)^-1 right; 1 for an expert that
-    adds nothing. None is below a half or above two."""
+    adds nothing or is not `free` (bool [E]). None is below a half or above two."""
     own = np.diagonal(normal.matrix)
-    used = own > 0
+    used = (own > 0) & free
     factors = np.ones(len(own))
     if used.any():
         damped = normal.matrix[np.ix_(used, used)] + ridge * np.diag(own[used])
@@ -436,6 +442,6 @@ def polish_factors(walk: Walk, i: int, kind: str, target: str, experts: str, las
         record = stream.differentiate(i, tokens, hidden, mx.array(rest), [experts]).records[experts]
         normal = normal_equations(record, rest, metric, rows, num_experts)
         sums = Normal(sums.matrix + normal.matrix, sums.right + normal.right)
-    factors = fit_factors(sums)
+    factors = fit_factors(sums, last.free)
     last.scales *= factors[:, None, None].astype(np.float32)
     return factors

@@ -6,7 +6,8 @@ MLX's CPU backend because each chunk stays in cache.
 Symmetric mid-rise codes (routed experts, formats.py): s minimises ||x - s (q - c)||^2 over a grid of clip ratios, then
 one least-squares step s = <x, q - c> / <q - c, q - c>. Affine codes (trunk, MLX's own layout): both ends shrink over the
 grid, then the least-squares line through (q, x). A min/max scale, as `mx.quantize` takes, costs 1.3 to 1.8 dB at 2 bits.
-`output_clip_search` minimises the error of the outputs instead, for who has second moments of the inputs.
+`output_clip_search` minimises the error of the outputs instead, for who has second moments of the inputs. Above 8 bits
+nothing is searched: see `unclipped_scales`.
 
 Shapes: n groups of G weights each, groups [n, G] float32.
 """
@@ -33,6 +34,7 @@ _CLIP_RATIOS = {
     8: np.linspace(0.9, 1.0, 3),
 }
 WIDTHS = tuple(_CLIP_RATIOS)  # bits that the searches know
+_LEAST_EXPONENT = -23  # of a scale above 8 bits: half of it is still exact in float16
 _OUTPUT_CLIP_STEPS = 20  # finer: the error of the outputs has many more minima in the scale than that of the weights
 
 
@@ -63,13 +65,30 @@ def over_chunks(function: Callable[..., None], *arrays: np.ndarray) -> None:
 
 
 def encode(groups: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes [n, G] of symmetric mid-rise: clip(floor(x / s) + 2^(bits-1), 0, 2^bits - 1). A zero scale codes 0."""
+    """Codes [n, G] of symmetric mid-rise: clip(floor(x / s) + 2^(bits-1), 0, 2^bits - 1). A zero scale codes 0.
+
+    uint8, above 8 bits uint16.
+    """
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
     q = groups * inverse[:, None]
     np.floor(q, out=q)
     q += 1 << (bits - 1)
     np.clip(q, 0, (1 << bits) - 1, out=q)
-    return q.astype(np.uint8)
+    return q.astype(np.uint8 if bits <= 8 else np.uint16)
+
+
+def unclipped_scales(groups: np.ndarray, bits: int) -> np.ndarray:
+    """float32 scales [...] of groups [..., G] for codes of more than 8 bits: the least s with max |w| <= s * 2^(bits-1)
+    among multiples of 2^-23 of at most 8 binary digits; 0 of a group of zeros.
+
+    At 16 bits a weight is off by about max |w| / 2^16 at most: by less than its own rounding to bfloat16, unless it is far
+    smaller than the group's largest. There is nothing that a search or error feedback could win. Such scales, times powers
+    of two from 1/2 on, are exact in float16 and bfloat16, and that is all that products read (experts.Bucket).
+    """
+    needed = np.abs(groups).max(axis=-1) / np.float32(1 << (bits - 1))
+    _, exponent = np.frexp(needed)  # needed < 2^exponent
+    unit = np.ldexp(np.float32(1), np.maximum(exponent - 8, _LEAST_EXPONENT))
+    return np.ceil(needed / unit) * unit
 
 
 def _difference(groups: np.ndarray, scales: np.ndarray, half: float) -> np.ndarray:
@@ -114,7 +133,9 @@ def _least_error(
 
 
 def clip_search(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """float16 scales [n] of the symmetric code with the least squared error, and that error [n] float32."""
+    """float16 scales [n] of the symmetric code with the least squared error, and that error [n] float32.
+
+    Above 8 bits those of `unclipped_scales`."""
     scales, errors = np.empty(len(groups), np.float16), np.empty(len(groups), np.float32)
     half = ((1 << bits) - 1) / 2
 
@@ -127,6 +148,10 @@ def clip_search(groups: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
             centred = _centred(x, scale, half)
             return np.einsum("ij,ij->i", centred, x) / np.einsum("ij,ij->i", centred, centred)
 
+        if bits > 8:
+            out_scales[:] = plain = unclipped_scales(x, bits)
+            out_errors[:] = error(plain)
+            return
         out_scales[:], out_errors[:] = _least_error(np.abs(x).max(axis=1) / half, _CLIP_RATIOS[bits], error, fitted)
 
     # Scales and errors travel as columns so that every chunked array is two-dimensional.
@@ -212,8 +237,9 @@ def truncation_fit(
 ) -> tuple[float, float]:
     """Gain and squared error of reading `bits`-bit codes at `level`: the best single factor for the whole matrix.
 
-    groups, codes [n, G], scales [n] of the full code. With v = s 2^(bits-level) ((q >> (bits-level)) - c) the gain is
-    <x, v> / <v, v> and the error ||x||^2 - <x, v>^2 / <v, v>.
+    groups, codes [n, G], scales [n] of the full code. With v = s 2^(bits-level) ((q >> (bits-level)) - c) and d = x - v the
+    gain is <x, v> / <v, v> = 1 + <d, v> / <v, v> and the error ||d||^2 - <d, v>^2 / <v, v>. Above 8 bits the gain is 1,
+    which the best one is to four digits, and scales stay exact in 16-bit floats.
     """
     sums = np.zeros((len(groups), 3), np.float32)
     factor, half = np.float32(1 << (bits - level)), np.float32(((1 << level) - 1) / 2)
@@ -222,12 +248,15 @@ def truncation_fit(
         v = (q >> (bits - level)).astype(np.float32)
         v -= half
         v *= s * factor
-        out[:, 0] = np.einsum("ij,ij->i", x, v)
+        d = x - v  # sums of x itself would lose the digits of a small error
+        out[:, 0] = np.einsum("ij,ij->i", d, v)
         out[:, 1] = np.einsum("ij,ij->i", v, v)
-        out[:, 2] = np.einsum("ij,ij->i", x, x)
+        out[:, 2] = np.einsum("ij,ij->i", d, d)
 
     over_chunks(accumulate, groups, codes, scales.astype(np.float32)[:, None], sums)
-    xv, vv, xx = sums.sum(axis=0, dtype=np.float64)
+    dv, vv, dd = sums.sum(axis=0, dtype=np.float64)
     if vv == 0:
         return 1.0, 0.0
-    return float(xv / vv), float(max(xx - xv * xv / vv, 0.0))
+    if level > 8:
+        return 1.0, float(dd)
+    return float(1 + dv / vv), float(max(dd - dv * dv / vv, 0.0))

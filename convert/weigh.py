@@ -21,6 +21,7 @@ from mlxmoe.convert.rotate import AUTO, Rotated, Sample, chosen_rotations, sampl
 from mlxmoe.convert.scores import Scoring, observe
 from mlxmoe.convert.stats import Moments, unseen_directions
 from mlxmoe.convert.write import save_rotations
+from mlxmoe.formats import FIELD_BITS
 from mlxmoe.models import ExpertSite
 from mlxmoe.rotation import PLAIN
 from mlxmoe.work import save_arrays
@@ -95,7 +96,7 @@ def _choose_rotations(layers: Layers, i: int, moments: dict[str, Moments]) -> Ro
         hessians = [moments[path].hessian[most] for path in paths]
         return Sample(np.concatenate(weights), np.concatenate(hessians), moments[paths[0]].inputs)
 
-    bits = min(layers.config.expert_levels)  # where there is most to gain
+    bits = min(*layers.config.expert_levels, FIELD_BITS)  # where there is most to gain
     return sampled_rotation(name, shapes, (sample(paths[:-1]), sample(paths[-1:])), bits, seed)
 
 

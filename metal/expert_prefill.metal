@@ -3,8 +3,8 @@
 // mlxmoe/kernels.py.
 //
 // A threadgroup computes BM rows of one expert times BN outputs: BK columns of codes are unpacked into threadgroup memory
-// once and used by all rows. An expert of at most BM rows has its weights read once. Codes are exact in 16 bits and
-// scales are not, so a group's products are summed unscaled and then multiplied, in float32, by the diagonal matrix of
+// once and used by all rows. An expert of at most BM rows has its weights read once. Codes of up to 8 bits are exact
+// in 16 bits (longer ones are rounded, as weights of type T would be) and scales are not, so a group's products are summed unscaled and then multiplied, in float32, by the diagonal matrix of
 // its scales. Affine codes also need sum(x) * bias: the eight partial sums of x in a chunk times eight equal rows of
 // biases, one more product of 8 x 8 matrices.
 #include "planes.h"

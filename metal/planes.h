@@ -4,9 +4,10 @@
 
 #include "units.h"
 
-constant constexpr int TABLE_WIDTH = 8;   // level, word offset of each of up to 5 planes, and:
+constant constexpr int TABLE_WIDTH = 12;  // level, word offset of each of up to 5 planes, and:
 constant constexpr int TABLE_SCALES = 6;  // word offset of the scales
 constant constexpr int TABLE_FACTOR = 7;  // float32 factor on them
+constant constexpr int TABLE_BEYOND = 8;  // word offset of each plane above 8 bits
 
 // One projection of all experts of a layer: see PlaneBank in mlxmoe/kernels.py.
 struct PlaneBank {
@@ -22,7 +23,18 @@ struct ExpertPlanes {
   int num_planes;
   float centre;  // (2^level - 1) / 2: what a code is counted from
   int offset0, offset1, offset2, offset3, offset4;
+  // Word offsets of the planes behind those. They stay in memory: registers are dear, and such levels are rare.
+  const device int32_t* beyond;
 };
+
+METAL_FUNC int plane_offset(ExpertPlanes expert, int plane) {
+  return plane == 0 ? expert.offset0
+      : plane == 1  ? expert.offset1
+      : plane == 2  ? expert.offset2
+      : plane == 3  ? expert.offset3
+      : plane == 4  ? expert.offset4
+                    : expert.beyond[plane - 5];
+}
 
 template <int N, int K, int G>
 METAL_FUNC ExpertPlanes find_expert(PlaneBank bank, int expert) {
@@ -34,13 +46,14 @@ METAL_FUNC ExpertPlanes find_expert(PlaneBank bank, int expert) {
   planes.words = bank.words;
   planes.scales = (const device half*)(bank.words + second[TABLE_SCALES - 4]);
   planes.factor = as_type<float>(second[TABLE_FACTOR - 4]);
-  planes.num_planes = level < 5 ? level - 1 : level / 2 + 1;  // 2, 3, 4, 6, 8 -> 1, 2, 3, 4, 5
+  planes.num_planes = level < 5 ? level - 1 : level / 2 + 1;  // 2, 3, 4, 6, 8, ..., 16 -> 1, 2, 3, 4, 5, ..., 9
   planes.centre = 0.5f * float((1 << level) - 1);
   planes.offset0 = first.y;
   planes.offset1 = first.z;
   planes.offset2 = first.w;
   planes.offset3 = second.x;
   planes.offset4 = second.y;
+  planes.beyond = bank.table + expert * TABLE_WIDTH + TABLE_BEYOND;
   return planes;
 }
 
@@ -65,12 +78,7 @@ METAL_FUNC void add_unit(
   }
 #pragma clang loop unroll(disable)
   for (int p = 0; p < expert.num_planes; p++) {
-    const int offset = p == 0 ? expert.offset0
-        : p == 1              ? expert.offset1
-        : p == 2              ? expert.offset2
-        : p == 3              ? expert.offset3
-                              : expert.offset4;
-    const device uint32_t* plane = expert.words + offset;
+    const device uint32_t* plane = expert.words + plane_offset(expert, p);
     if (p == 1 || p == 2) {
 #pragma clang loop unroll(full)
       for (int r = 0; r < ROWS; r++) {
@@ -97,8 +105,9 @@ METAL_FUNC void add_unit(
   }
 }
 
-// Eight codes of row `row` from column 8 * eighth on, counted from the centre: exact in half and bfloat. Planes are read as
-// 16 bits (2-bit planes) or 8 bits (1-bit planes), which both hold eight codes.
+// Eight codes of row `row` from column 8 * eighth on, counted from the centre: up to 8 bits exact in half and bfloat, above
+// that rounded to them by the caller, as weights of the activations' type are. Planes are read as 16 bits (2-bit planes) or
+// 8 bits (1-bit planes), which both hold eight codes.
 template <int K>
 METAL_FUNC void load_codes(ExpertPlanes expert, int row, int eighth, thread float* values) {
   const int index = row * (K / 8) + eighth;
@@ -109,13 +118,8 @@ METAL_FUNC void load_codes(ExpertPlanes expert, int row, int eighth, thread floa
   }
 #pragma clang loop unroll(disable)
   for (int p = 0; p < expert.num_planes; p++) {
-    const int offset = p == 0 ? expert.offset0
-        : p == 1              ? expert.offset1
-        : p == 2              ? expert.offset2
-        : p == 3              ? expert.offset3
-                              : expert.offset4;
     const bool one_bit = p == 1 || p == 2;
-    const device uint32_t* plane = expert.words + offset;
+    const device uint32_t* plane = expert.words + plane_offset(expert, p);
     const uint fields =
         one_bit ? uint(((const device uint8_t*)plane)[index]) : uint(((const device uint16_t*)plane)[index]);
     const uint width = one_bit ? 1 : 2;

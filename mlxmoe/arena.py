@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxmoe.formats import PLANE_WIDTHS, SCALE_NBYTES, MatrixShape, array_bytes, num_planes
+from mlxmoe.formats import MatrixShape, array_bytes, num_planes
 from mlxmoe.kernels import (
     PREFILL,
     TABLE_FACTOR,
+    TABLE_PLANES,
     TABLE_SCALES,
     TABLE_WIDTH,
     Activation,
@@ -37,7 +38,7 @@ from mlxmoe.kernels import (
 )
 from mlxmoe.plan import LayerPlan
 from mlxmoe.reader import Read
-from mlxmoe.residency import resident_nbytes
+from mlxmoe.residency import PLANES
 from mlxmoe.rotation import NO_TURNS, LayerTurns
 from mlxmoe.shelves import Busy, Group
 from mlxmoe.store import ExpertSource
@@ -178,14 +179,6 @@ class Layout(NamedTuple):
         return slot.frame * self.frame_nbytes + slot.place * (self.frame_nbytes // self.divisions[slot.kind])
 
 
-def arena_sizes(layer: LayerPlan) -> tuple[int, ...]:
-    """Bytes of memory of each expert of a layer at its written levels: its planes and scales."""
-    return tuple(
-        sum(resident_nbytes(s, level, SCALE_NBYTES) for s, level in zip(layer.projections, entry.levels, strict=True))
-        for entry in layer.experts
-    )
-
-
 def arena_slack(layer: LayerPlan) -> int:
     """The most bytes that a layer's arena has beyond its experts' capacity."""
     return slack_nbytes(*Layout.of(layer.projections))
@@ -199,7 +192,7 @@ class _Owner(NamedTuple):
     field: str
 
 
-_ENTRIES = {"scales": TABLE_SCALES, **{f"plane{j}": 1 + j for j in range(len(PLANE_WIDTHS))}}  # of a row of the table
+_ENTRIES = {"scales": TABLE_SCALES, **{f"plane{j}": entry for j, entry in enumerate(TABLE_PLANES)}}  # of a table's row
 
 
 class ArenaShelf:
@@ -225,7 +218,7 @@ class ArenaShelf:
         self._activation, self._biases = activation, tuple(biases)
         self._layout = Layout.of(layer.projections)
         self._slots: dict[int, dict[_Owner, Slot]] = {}
-        self.sizes = arena_sizes(layer)
+        self.sizes = PLANES.experts_nbytes(layer)
         self._tables = [mx.zeros((len(layer.experts), TABLE_WIDTH), mx.int32) for _ in layer.projections]
         mx.eval(self._tables)
         self._rows = [np.frombuffer(array_bytes(t), np.int32).reshape(t.shape) for t in self._tables]

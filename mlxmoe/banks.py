@@ -12,7 +12,19 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmoe.experts import Bucket, ExpertLayer
-from mlxmoe.formats import ABSENT, LEVELS, MatrixShape, array_bytes, level_scale, merge_planes, num_planes, write_floats
+from mlxmoe.formats import (
+    ABSENT,
+    FIELD_BITS,
+    LEVELS,
+    MatrixShape,
+    array_bytes,
+    field_width,
+    level_scale,
+    merge_planes,
+    num_planes,
+    words_per_row,
+    write_floats,
+)
 from mlxmoe.kernels import PlaneBank
 from mlxmoe.plan import ExpertEntry, LayerPlan
 from mlxmoe.rotation import Copies, LayerTurns, RotationRule, Turn, make_turn, turn_nbytes
@@ -119,14 +131,15 @@ class StoredMatrix(NamedTuple):
 class MergedBank:
     """Expert matrices of one projection as MLX's built-in products read them: `arrays` is written in place, row by row.
 
-    Allocates the memory. `write` touches bytes only, so any thread may call it, for rows that no graph is reading.
+    bits: the fields' width as Bucket has it. Allocates the memory. `write` touches bytes only, so any thread may call it,
+    for rows that no graph is reading.
     """
 
     def __init__(self, shape: MatrixShape, bits: int, rows: int, dtype: mx.Dtype):
-        self._shape, self._bits, self._dtype = shape, bits, dtype
-        groups = shape.columns // shape.group_size
-        words = mx.zeros((rows, shape.rows, shape.code_nbytes(bits) // 4 // shape.rows), mx.uint32)
-        scales, biases = (mx.zeros((rows, shape.rows, groups), dtype) for _ in range(2))
+        self._bits, self._dtype = bits, dtype
+        lead = (rows, shape.rows if bits <= FIELD_BITS else 2 * shape.rows)
+        words = mx.zeros((*lead, words_per_row(shape.columns, min(bits, FIELD_BITS))), mx.uint32)
+        scales, biases = (mx.zeros((*lead, shape.columns // shape.group_size), dtype) for _ in range(2))
         mx.eval(words, scales, biases)
         self.arrays = Bucket(bits, words, scales, biases)
         self._rows = [
@@ -138,9 +151,26 @@ class MergedBank:
         words, row_scales, row_biases = (rows[row] for rows in self._rows)
         words[:] = merge_planes(planes, self._bits)
         values = scales.astype(np.float32) * np.float32(factor)
-        half = np.float32(((1 << LEVELS[len(planes) - 1]) - 1) / 2)
-        write_floats(values, row_scales, self._dtype)
-        write_floats(-half * values, row_biases, self._dtype)
+        fields = _fields(LEVELS[len(planes) - 1], self._bits)
+        places = zip(*(np.split(array, len(fields)) for array in (row_scales, row_biases)), strict=True)
+        for field, (field_scales, field_biases) in zip(fields, places, strict=True):
+            write_floats(np.float32(field.scale) * values, field_scales, self._dtype)
+            write_floats(np.float32(field.bias) * values, field_biases, self._dtype)
+
+
+class _Field(NamedTuple):
+    """What is stored for one field of a weight, in units of the scale of its code."""
+
+    scale: float
+    bias: float
+
+
+def _fields(level: int, width: int) -> list[_Field]:
+    """Of a code of `level` bits in a bank of that width: see Bucket."""
+    if level > FIELD_BITS:
+        return [_Field(1 << (level - FIELD_BITS), -(1 << (level - 1))), _Field(1, 0.5)]
+    whole = _Field(1, -((1 << level) - 1) / 2)
+    return [whole] if width <= FIELD_BITS else [whole, _Field(0, 0)]
 
 
 class _Projection:
@@ -167,7 +197,7 @@ class _Projection:
 
     def merged(self, width: int, dtype: mx.Dtype) -> Rows:
         """Merged codes: one bank of the given field width, or (0) one per resident level."""
-        widths = {e: width or level for e, level in enumerate(self._levels) if level != ABSENT}
+        widths = {e: width or field_width(level) for e, level in enumerate(self._levels) if level != ABSENT}
         found = []
         for bits in sorted(set(widths.values())):
             experts = [e for e in widths if widths[e] == bits]

@@ -22,7 +22,7 @@ from mlxmoe.experts import Choices, ExpertLayer, KernelExperts
 from mlxmoe.formats import num_planes
 from mlxmoe.kernels import PlaneBank
 from mlxmoe.plan import LayerPlan, Plan
-from mlxmoe.residency import Residency, Swap, choose_swaps, smallest_residency, solve_residency
+from mlxmoe.residency import Residency, Storage, Swap, choose_swaps, smallest_residency, solve_residency
 from mlxmoe.store import ExpertStore
 from mlxmoe.units import format_size
 
@@ -104,7 +104,7 @@ class PlaneLevels:
 class ElasticMemory:
     """All layers of a model under one budget of bytes. `layers`: one for each of the plan's.
 
-    `group_nbytes` and `widen` as in solve_residency. The folder's files are open only while it reads. A read that fails
+    `storage` and `widen` as in solve_residency. The folder's files are open only while it reads. A read that fails
     raises UserError and leaves the layer that was being read without experts, so the model cannot be used after it.
     """
 
@@ -114,12 +114,12 @@ class ElasticMemory:
         folder: Path,
         layers: Sequence[LevelledLayer],
         residency: Residency,
-        group_nbytes: int,
+        storage: Storage,
         widen: bool,
         adapt: bool = False,
     ):
         self._plan, self._folder, self._layers = plan, folder, layers
-        self._group_nbytes, self._widen = group_nbytes, widen
+        self._storage, self._widen = storage, widen
         self._adapt, self._tokens, self.swaps = adapt, 0, 0
         self.residency = residency
         for layer in layers:
@@ -138,18 +138,18 @@ class ElasticMemory:
     @property
     def least(self) -> int:
         """The smallest budget: base planes only."""
-        return smallest_residency(self._plan, self._group_nbytes)
+        return smallest_residency(self._plan, self._storage)
 
     @property
     def full(self) -> int:
         """The budget from which everything that is written is resident."""
-        return solve_residency(self._plan, None, self._group_nbytes, widen=False).nbytes
+        return solve_residency(self._plan, None, self._storage, widen=False).nbytes
 
     def resize(self, budget: int) -> None:
         """Another budget in bytes for the experts, from now on. Reads the layers that change, one at a time. Raises
         UserError, and changes nothing, where not even the base planes fit."""
         try:
-            residency = solve_residency(self._plan, budget, self._group_nbytes, self._widen)
+            residency = solve_residency(self._plan, budget, self._storage, self._widen)
         except ValueError:
             raise UserError(
                 f"the base planes of the experts do not fit in {budget} bytes", f"they need {self.least} bytes"
@@ -168,7 +168,7 @@ class ElasticMemory:
     def _layer_nbytes(self, residency: Residency, i: int) -> int:
         layer, widths = self._plan.layers[i], residency.widths[i]
         return sum(
-            shape.code_nbytes(widths[p] or levels[p])
+            self._storage.nbytes(shape, widths[p] or levels[p])
             for levels in residency.levels[i]
             for p, shape in enumerate(layer.projections)
         )

@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchMLP
 
-from mlxmoe.formats import MatrixShape
+from mlxmoe.formats import FIELD_BITS, MatrixShape
 from mlxmoe.kernels import (
     DECODE,
     PHASES,
@@ -41,6 +41,11 @@ class Bucket(NamedTuple):
     """Expert matrices held in fields of one width: words [n, N, W] uint32, scales and biases [n, N, K/G].
 
     A field may be wider than the code in it: value = scale * code + bias does not depend on the field's width.
+
+    `bits` 16: words [n, 2 N, W] in fields of 8 bits, scales and biases [n, 2 N, K/G], and a row's product is the sum of
+    those with rows r and N + r. With the first 8 of L bits in row r and the L - 8 below in row N + r, s the code's scale:
+    s * 2^(L-8) * (high - 128) + s * (low + 1/2) = s * (code - (2^L - 1)/2), so that scales and biases are s times a power
+    of two. Rows N + r of a code of at most 8 bits are zero.
     """
 
     bits: int
@@ -133,12 +138,21 @@ class _Held:
 def _product(bucket: Bucket, group_size: int) -> _Product:
     """(x, rows, sorted) -> the product with the rows of a bucket."""
     bits, words, scales, biases = bucket
-    gather = partial(mx.gather_qmm, transpose=True, group_size=group_size, bits=bits)
+    gather = partial(mx.gather_qmm, transpose=True, group_size=group_size, bits=min(bits, FIELD_BITS))
 
     def product(x: mx.array, rows: mx.array, sorted_indices: bool) -> mx.array:
         return gather(x, words, scales, biases, rhs_indices=rows, sorted_indices=sorted_indices)
 
-    return product
+    def halved(x: mx.array, rows: mx.array, sorted_indices: bool) -> mx.array:
+        return add_halves(product(x, rows, sorted_indices))
+
+    return product if bits <= FIELD_BITS else halved
+
+
+def add_halves(y: mx.array) -> mx.array:
+    """Products [..., 2 N] with both halves of codes in two fields (see Bucket) -> [..., N]."""
+    rows = y.shape[-1] // 2
+    return y[..., :rows] + y[..., rows:]
 
 
 class Choices:

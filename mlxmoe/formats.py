@@ -25,8 +25,11 @@ import numpy as np
 
 from mlxmoe.errors import UserError
 
-LEVELS = (2, 3, 4, 6, 8)  # bits of code that can be written or resident
-PLANE_WIDTHS = (2, 1, 1, 2, 2)  # level = sum of the first planes
+LEVELS = (2, 3, 4, 6, 8, 10, 12, 14, 16)  # bits of code that can be resident
+WRITTEN_LEVELS = (2, 3, 4, 6, 8, 16)  # and those that are worth writing: 16 bits can be read at all of them
+PLANE_WIDTHS = (2, 1, 1, 2, 2, 2, 2, 2, 2)  # level = sum of the first planes
+FIELD_BITS = 8  # of the widest field that MLX's built-in products know: wider codes are two fields
+NARROW_LEVELS = tuple(level for level in LEVELS if level <= FIELD_BITS)
 GROUP_SIZES = (128, 64, 32)  # what MLX's affine products accept, best bytes first
 SCALE_NBYTES = 2  # float16 on disk
 ABSENT = 0  # in place of a level: a matrix that is not there
@@ -34,8 +37,13 @@ _PLANES = {ABSENT: 0, **{level: i + 1 for i, level in enumerate(LEVELS)}}
 
 
 def num_planes(level: int) -> int:
-    """Planes that make up a level: 2 -> 1, 3 -> 2, 4 -> 3, 6 -> 4, 8 -> 5; 0 of a matrix that is not there."""
+    """Planes that make up a level: 2 -> 1, 3 -> 2, 4 -> 3, 6 -> 4, 8 -> 5, ..., 16 -> 9; 0 of a matrix that is not there."""
     return _PLANES[level]
+
+
+def field_width(level: int) -> int:
+    """Bits per weight of a code of `level` bits that is merged for MLX's built-in products (see merge_planes)."""
+    return level if level <= FIELD_BITS else 2 * FIELD_BITS
 
 
 def choose_group_size(columns: int, preferred: int = 128) -> int:
@@ -84,17 +92,18 @@ def unpack_codes(words: mx.array, width: int, columns: int) -> mx.array:
 
 
 def split_planes(codes: mx.array, level: int) -> list[mx.array]:
-    """uint8 codes [..., K] of `level` bits -> one uint8 array [..., K] per plane, most significant first."""
+    """Codes [..., K] of `level` bits (uint8, above 8 bits uint16) -> one uint8 array [..., K] per plane, most significant
+    first."""
     planes, below = [], level
     for width in PLANE_WIDTHS[: num_planes(level)]:
         below -= width
-        planes.append((codes >> below) & ((1 << width) - 1))
+        planes.append(((codes >> below) & ((1 << width) - 1)).astype(mx.uint8))
     return planes
 
 
 def join_planes(planes: list[mx.array]) -> mx.array:
-    """The first planes of a code -> uint8 codes of LEVELS[len(planes) - 1] bits: the truncated code."""
-    codes = planes[0]
+    """The first planes of a code -> the truncated code of LEVELS[len(planes) - 1] bits: uint8, above 8 bits uint16."""
+    codes = planes[0].astype(mx.uint8 if LEVELS[len(planes) - 1] <= FIELD_BITS else mx.uint16)
     for plane, width in zip(planes[1:], PLANE_WIDTHS[1:], strict=False):
         codes = (codes << width) | plane
     return codes
@@ -103,13 +112,27 @@ def join_planes(planes: list[mx.array]) -> mx.array:
 def merge_planes(planes: Sequence[np.ndarray], width: int) -> np.ndarray:
     """The first planes as they are stored (uint8 bytes) -> the bytes of the truncated code in fields of `width` bits.
 
-    What pack_codes(join_planes(unpacked planes), width) gives, on the host and without unpacking: eight codes are one or
-    two bytes of a plane and `width` bytes of the result, so each plane is a table look-up. K must be a multiple of 8.
+    What pack_codes(join_planes(unpacked planes), width) gives, on the host and without unpacking. `width` 16: a matrix of
+    2 N rows with fields of 8 bits, which hold the first 8 bits of the code, or all that it has, in rows 0 to N - 1, and the
+    bits below in the others, zeros where there are none. K must be a multiple of 8.
     """
-    below = LEVELS[len(planes) - 1]
-    merged: np.ndarray = np.zeros(planes[0].size // PLANE_WIDTHS[0], np.uint32 if width <= 4 else np.uint64)
+    if width <= FIELD_BITS:
+        return _merge_fields(planes, PLANE_WIDTHS, width)
+    split = num_planes(FIELD_BITS)
+    high = _merge_fields(planes[:split], PLANE_WIDTHS, FIELD_BITS)
+    low = _merge_fields(planes[split:], PLANE_WIDTHS[split:], FIELD_BITS) if planes[split:] else np.zeros_like(high)
+    return np.concatenate([high, low])
+
+
+def _merge_fields(planes: Sequence[np.ndarray], widths: Sequence[int], width: int) -> np.ndarray:
+    """Planes of these widths, as bytes, side by side in fields of `width` bits.
+
+    Eight codes are one or two bytes of a plane and `width` bytes of the result, so each plane is a table look-up.
+    """
+    below = sum(widths[: len(planes)])
+    merged: np.ndarray = np.zeros(planes[0].size // widths[0], np.uint32 if width <= 4 else np.uint64)
     spread: np.ndarray = np.empty_like(merged)
-    for plane, plane_width in zip(planes, PLANE_WIDTHS, strict=False):
+    for plane, plane_width in zip(planes, widths, strict=False):
         below -= plane_width
         eights: np.ndarray = plane.view(np.uint16 if plane_width == 2 else np.uint8)
         # mode clip: without it NumPy looks through the indices and makes a copy first
@@ -172,7 +195,7 @@ class MatrixShape(NamedTuple):
         return self.rows * words_per_row(self.columns, PLANE_WIDTHS[plane]) * 4
 
     def code_nbytes(self, level: int) -> int:
-        """Bytes of all planes up to `level`, without scales; also of one merged code of `level` bits."""
+        """Bytes of all planes up to `level`, without scales; also of one merged code in fields of `level` bits."""
         return self.rows * words_per_row(self.columns, level) * 4
 
     @property
@@ -197,7 +220,7 @@ def level_scale(written: int, level: int, gain: float) -> float:
 
 
 def dequantize_codes(codes: mx.array, scales: mx.array, level: int) -> mx.array:
-    """codes uint8 [..., K], scales [..., K/G] of this level -> float32 [..., K]: scale * (code - (2^level - 1) / 2)."""
+    """codes [..., K], scales [..., K/G] of this level -> float32 [..., K]: scale * (code - (2^level - 1) / 2)."""
     group_size = codes.shape[-1] // scales.shape[-1]
     centred = codes.astype(mx.float32) - ((1 << level) - 1) / 2
     grouped = centred.reshape(*scales.shape, group_size) * scales.astype(mx.float32)[..., None]

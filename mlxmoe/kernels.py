@@ -28,7 +28,7 @@ from mlx_lm.models.gemma4_text import GeGLU
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwiGLU
 
 from mlxmoe.formats import (
-    LEVELS,
+    NARROW_LEVELS,
     PLANE_WIDTHS,
     MatrixShape,
     PackedMatrix,
@@ -46,9 +46,11 @@ from mlxmoe.router import route as route_reference
 
 # The same names and values in metal/
 UNIT = 32  # columns that one lane takes at a time
-TABLE_WIDTH = 8  # level, word offset of each of up to 5 planes, and:
+TABLE_WIDTH = 12  # level, word offset of each of up to 5 planes, and:
 TABLE_SCALES = 6  # word offset of the scales
 TABLE_FACTOR = 7  # float32 factor on them
+TABLE_BEYOND = 8  # word offset of each plane above 8 bits: of a lower level, 8 entries are all that is read
+TABLE_PLANES = (1, 2, 3, 4, 5, *range(TABLE_BEYOND, TABLE_WIDTH))  # of each plane
 ACTIVATIONS = ("swiglu", "swiglu_oai", "geglu", "relu2")
 HADAMARD_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)
 EPILOGUE_BLOCKS = (64, 128)  # of these, those that expert_gate_up transforms itself
@@ -75,8 +77,9 @@ class PlaneBank:
 
     words uint32 [W]: the resident planes and the scales of every expert, anywhere; other projections may lie between them.
     A plane is the packed words of its rows and needs 8 bytes of alignment (1-bit planes: 4), scales are float16 [N, K/G]
-    as they are written and need 4. table int32 [E, TABLE_WIDTH]: level, word offset of each plane, word offset of the
-    scales, and the bits of the float32 factor on them: 2^(written - level) * gain. bias [E, N] or None.
+    as they are written and need 4. table int32 [E, TABLE_WIDTH]: level, word offset of each of up to five planes, word
+    offset of the scales, the bits of the float32 factor on them, 2^(written - level) * gain, and word offsets of the planes
+    above 8 bits. bias [E, N] or None.
     """
 
     shape: MatrixShape
@@ -104,7 +107,7 @@ class PlaneBank:
         end = 0
         for expert, level in enumerate(levels):
             table[expert, 0] = level
-            parts = [(1 + plane, shape.plane_nbytes(plane)) for plane in range(num_planes(level))]
+            parts = [(TABLE_PLANES[plane], shape.plane_nbytes(plane)) for plane in range(num_planes(level))]
             for entry, nbytes in [*parts, (TABLE_SCALES, shape.scales_nbytes)]:
                 table[expert, entry] = end
                 end += -(-nbytes // 4 // _ALIGNMENT) * _ALIGNMENT
@@ -127,7 +130,7 @@ class PlaneBank:
 
     def write_plane(self, expert: int, plane: int, data: Any) -> None:
         """Copies one packed plane (any buffer of plane_nbytes bytes) into place. No kernel may be reading the bank."""
-        self._write(self._rows[expert, 1 + plane], self.shape.plane_nbytes(plane), data)
+        self._write(self._rows[expert, TABLE_PLANES[plane]], self.shape.plane_nbytes(plane), data)
 
     def write_scales(self, expert: int, scales: Any, factor: float) -> None:
         """Copies the scales of one expert (any buffer of scales_nbytes bytes, float16 [N, K/G] as they are written) into
@@ -142,7 +145,7 @@ class PlaneBank:
         table = np.frombuffer(array_bytes(self.table), np.int32).reshape(self.table.shape)
         low, high = (num_planes(int(table[e, 0])) for e in (promoted, demoted))
         assert high - low == len(planes) > 0
-        moved = slice(1 + low, 1 + high)
+        moved = list(TABLE_PLANES[low:high])
         table[promoted, moved], table[demoted, moved] = table[demoted, moved].copy(), 0
         table[[promoted, demoted], 0] = table[[demoted, promoted], 0]
         table.view(np.float32)[[promoted, demoted], TABLE_FACTOR] = factors
@@ -155,7 +158,7 @@ class PlaneBank:
         entry = self._rows[expert]
         codes = []
         for plane, width in enumerate(PLANE_WIDTHS[: num_planes(int(entry[0]))]):
-            start, row_words = int(entry[1 + plane]), words_per_row(columns, width)
+            start, row_words = int(entry[TABLE_PLANES[plane]]), words_per_row(columns, width)
             words = self.words[start : start + rows * row_words].reshape(rows, row_words)
             codes.append(unpack_codes(words, width, columns))
         start, num_groups = int(entry[TABLE_SCALES]), self.shape.num_groups
@@ -193,7 +196,7 @@ class QuantizedBank:
     @classmethod
     def from_linear(cls, linear: QuantizedSwitchLinear, name: str = "") -> QuantizedBank | None:
         """The bank of a loaded layer, sharing its arrays, or None for a format that has no kernel."""
-        affine = linear.mode == "affine" and linear.bits in LEVELS
+        affine = linear.mode == "affine" and linear.bits in NARROW_LEVELS
         if not affine and not (linear.mode == "mxfp4" and linear.get("global_scale") is None):
             return None
         shape = MatrixShape(name, linear.output_dims, linear.input_dims, linear.group_size)

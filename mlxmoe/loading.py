@@ -460,7 +460,7 @@ def _fill(prepared: Prepared, residency: Residency, adapt: bool) -> ElasticMemor
                 banks.append((layer.path, _resident_banks(store, layer, levels, module)))
     for (_, experts), layer in zip(_use_kernels(prepared, banks), plan.layers, strict=False):
         layers.append(PlaneLevels(layer, experts, _biases(modules[layer.path])))
-    return ElasticMemory(plan, folder, layers, residency, prepared.group_nbytes, widens(prepared), adapt)
+    return ElasticMemory(plan, folder, layers, residency, prepared.storage, widens(prepared), adapt)
 
 
 def _biases(module: ExpertLayer) -> list[mx.array | None]:

@@ -19,13 +19,14 @@ from typing import Any, NamedTuple
 
 from mlxmoe.errors import UserError
 from mlxmoe.files import parse_versioned
-from mlxmoe.formats import ABSENT, GROUP_SIZES, LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
+from mlxmoe.formats import ABSENT, GROUP_SIZES, LEVELS, NARROW_LEVELS, PLANE_WIDTHS, MatrixShape, num_planes
 from mlxmoe.rotation import NAMES, UNROTATED, LayerRotations, RotationRule, fits
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = "mlxmoe-plan"
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 ROTATED_VERSION = 2  # the first that has rotations: a reader that does not know them would compute nonsense
+WIDE_VERSION = 3  # the first that has levels above 8 bits
 
 
 class ExpertEntry(NamedTuple):
@@ -153,9 +154,19 @@ class Plan:
 
     @property
     def version(self) -> int:
-        """The lowest format version that can say all of this: what is not rotated can be read by older versions too."""
+        """The lowest format version that can say all of this: what has no need of a newer one, older readers take too."""
+        if self._levels[-1] > NARROW_LEVELS[-1]:
+            return WIDE_VERSION
         plain = all(layer.copy_rotations == (UNROTATED,) for layer in self.layers)
         return 1 if plain else ROTATED_VERSION
+
+    @property
+    def _levels(self) -> tuple[int, ...]:
+        """Of the codec, as far as this file needs it: a file without levels above 8 bits says nothing of them."""
+        highest = max(
+            (level for layer in self.layers for expert in layer.experts for level in expert.levels), default=0
+        )
+        return NARROW_LEVELS if highest <= NARROW_LEVELS[-1] else LEVELS
 
     def level_histogram(self) -> dict[int, int]:
         """Level -> how many expert matrices are written at it."""
@@ -171,7 +182,7 @@ class Plan:
         head = {
             "format": PLAN_FORMAT,
             "version": self.version,
-            "codec": {"name": "planes", "levels": LEVELS, "plane_widths": PLANE_WIDTHS},
+            "codec": {"name": "planes", "levels": self._levels, "plane_widths": PLANE_WIDTHS[: len(self._levels)]},
             "model_type": self.model_type,
             "seed": self.seed,
             "num_parameters": self.num_parameters,

@@ -18,23 +18,21 @@ from mlx.utils import tree_map, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from mlxmoe.arena import arena_sizes, arena_slack
+from mlxmoe.arena import arena_slack
 from mlxmoe.banks import copies_nbytes
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
 from mlxmoe.errors import UserError
 from mlxmoe.expert_memory import LayerBytes
 from mlxmoe.experts import ExpertLayer, PlaneLinear, stock_banks
-from mlxmoe.formats import PLANE_WIDTHS, SCALE_NBYTES
 from mlxmoe.kernel_choice import Choice, LayerShape, has_kernels, metal_facts, select, select_all
 from mlxmoe.kernels import TABLE_WIDTH, MetalKernels, ReferenceKernels, activation_of
 from mlxmoe.models import expert_sites, max_context, model_classes, named_arrays, num_experts_per_token, text_config
 from mlxmoe.plan import Plan
 from mlxmoe.reader import DEFAULT_THREADS
 from mlxmoe.repack import RepackedStore, repacked_class
-from mlxmoe.residency import Residency, smallest_residency, solve_residency
+from mlxmoe.residency import PLANES, Residency, Storage, merged_storage, smallest_residency, solve_residency
 from mlxmoe.rotation import NO_TURNS, Copies
 from mlxmoe.runtime import DEFAULT_CONTEXT, DEFAULTS, RuntimeConfig
-from mlxmoe.shelves import merged_sizes
 from mlxmoe.store import PAGE
 
 PREFILL_UNIT = 32  # tokens per prefill chunk: the smallest, and what others are multiples of
@@ -83,14 +81,14 @@ class Prepared(NamedTuple):
         return reserve._replace(nbytes=max(reserve.nbytes, self.nbytes_largest - self.nbytes_kv))
 
     @property
-    def group_nbytes(self) -> int:
-        """Memory per group of expert weights: a float16 scale, or a scale and a bias in the activation's precision."""
-        return SCALE_NBYTES if self.kernels is not None else 2 * activation_dtype(self.checkpoint.config).size
+    def storage(self) -> Storage:
+        """What the experts of a converted folder take in memory."""
+        return PLANES if self.kernels is not None else merged_storage(activation_dtype(self.checkpoint.config))
 
     @property
     def nbytes_least(self) -> int:
         """Bytes without buffers that it cannot run with less of: of a converted folder with the base planes only."""
-        nbytes_base = smallest_residency(self.plan, self.group_nbytes) if self.plan is not None else self.nbytes_experts
+        nbytes_base = smallest_residency(self.plan, self.storage) if self.plan is not None else self.nbytes_experts
         return self.nbytes_trunk + nbytes_base + self.nbytes_kv
 
     @property
@@ -101,17 +99,15 @@ class Prepared(NamedTuple):
             return [
                 LayerBytes((layer.nbytes // layer.num_experts,) * layer.num_experts, self.active) for layer in layers
             ]
-        if self.kernels is not None:
-            return [LayerBytes(arena_sizes(layer), self.active) for layer in self.plan.layers]
-        dtype = activation_dtype(self.checkpoint.config)
-        return [LayerBytes(merged_sizes(layer, dtype), self.active) for layer in self.plan.layers]
+        return [LayerBytes(self.storage.experts_nbytes(layer), self.active) for layer in self.plan.layers]
 
     @property
     def nbytes_slack(self) -> int:
         """What streamed experts may take beyond their budget: the kernels' arenas are whole frames, records whole pages."""
         if self.plan is None or self.kernels is None:
             return 0
-        pages = 2 * self.threads * len(PLANE_WIDTHS) * PAGE
+        planes = max(entry.num_planes for layer in self.plan.layers for entry in layer.experts)
+        pages = 2 * self.threads * planes * PAGE
         return pages + sum(map(arena_slack, self.plan.layers))
 
     def streaming(self, memory: int) -> Streaming:
@@ -184,7 +180,7 @@ def choose_residency(prepared: Prepared, memory: int) -> Residency:
     """What of a converted folder is resident under `memory` bytes in all, at least smallest_memory(prepared)."""
     assert prepared.plan is not None
     budget = memory - prepared.nbytes_fixed(memory)
-    return solve_residency(prepared.plan, budget, prepared.group_nbytes, widens(prepared))
+    return solve_residency(prepared.plan, budget, prepared.storage, widens(prepared))
 
 
 def widens(prepared: Prepared) -> bool:
@@ -206,7 +202,7 @@ def full_memory(prepared: Prepared) -> int:
     """The least --memory with which every expert is resident as it is written."""
     if prepared.plan is None:
         return smallest_memory(prepared)
-    experts = solve_residency(prepared.plan, None, prepared.group_nbytes, widen=False).nbytes
+    experts = solve_residency(prepared.plan, None, prepared.storage, widen=False).nbytes
     # What is kept for buffers grows with the memory, so the least that leaves room for the experts has to be looked for
     low = prepared.nbytes_fixed(0) + experts
     high = 2 * low + (1 << 30)

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import mlx.core as mx
+
 from mlxmoe.budget import Option, allocate, smallest_nbytes
-from mlxmoe.formats import ABSENT, LEVELS, MatrixShape
+from mlxmoe.formats import ABSENT, FIELD_BITS, LEVELS, SCALE_NBYTES, MatrixShape, field_width
 from mlxmoe.plan import ExpertEntry, LayerPlan, Plan
 
 # levels[i][e][p]: bits of projection p of expert e in the i-th layer of the plan
@@ -19,7 +21,8 @@ Levels = list[list[tuple[int, ...]]]
 
 
 # Field widths that MLX's CPU products unpack quickly; 3-bit fields take about 1.15 times as long as 4-bit ones.
-_QUICK_WIDTHS = (2, 4, 6, 8)
+# 16: two fields of 8 bits.
+_QUICK_WIDTHS = (2, 4, 6, 8, 16)
 
 
 class Residency(NamedTuple):
@@ -37,22 +40,45 @@ class Residency(NamedTuple):
         return {level: count for level, count in sorted(counts.items()) if level != ABSENT}
 
 
-def resident_nbytes(shape: MatrixShape, width: int, group_nbytes: int) -> int:
-    """Memory of one expert matrix in fields of `width` bits: codes, and `group_nbytes` per group (MLX's products read a
-    scale and a bias in the activation's precision, the kernels a float16 scale)."""
-    if width == ABSENT:
-        return 0
-    return shape.code_nbytes(width) + group_nbytes * shape.num_groups
+class Storage(NamedTuple):
+    """What expert matrices take in memory. `group_nbytes`: per group of weights in one field. `merged`: codes lie in fields
+    that MLX's built-in products know, above 8 bits in two of them with scales and biases of their own."""
+
+    group_nbytes: int
+    merged: bool
+
+    def nbytes(self, shape: MatrixShape, level: int) -> int:
+        """Of one expert matrix, or one in fields of `level` bits."""
+        if level == ABSENT:
+            return 0
+        width = field_width(level) if self.merged else level
+        fields = 2 if self.merged and width > FIELD_BITS else 1
+        return shape.code_nbytes(width) + fields * self.group_nbytes * shape.num_groups
+
+    def experts_nbytes(self, layer: LayerPlan) -> tuple[int, ...]:
+        """Of each expert of a layer at its written levels."""
+        return tuple(
+            sum(self.nbytes(shape, level) for shape, level in zip(layer.projections, entry.levels, strict=True))
+            for entry in layer.experts
+        )
 
 
-def solve_residency(plan: Plan, budget: int | None, group_nbytes: int, widen: bool) -> Residency:
+PLANES = Storage(SCALE_NBYTES, merged=False)  # for the kernels: planes and scales as they are written
+
+
+def merged_storage(dtype: mx.Dtype) -> Storage:
+    """For MLX's built-in products: a scale and a bias in the activations' type."""
+    return Storage(2 * dtype.size, merged=True)
+
+
+def solve_residency(plan: Plan, budget: int | None, storage: Storage, widen: bool) -> Residency:
     """The levels with the least expected loss in `budget` bytes (None: everything that is written).
 
     `widen`: where bytes are left, give all experts of a projection fields of one width, so that a call is one product.
     It changes no result (experts.Bucket) and pays where a product costs per weight and not per byte: on the CPU backend.
     Raises ValueError when the base planes alone exceed the budget; see `smallest_residency`.
     """
-    items = _options(plan, group_nbytes)
+    items = _options(plan, storage)
     written = [max(options, key=lambda option: option.label) for options in items]
     chosen = written if budget is None or _total(written) <= budget else allocate(items, budget)
     flat = iter(chosen)
@@ -61,7 +87,7 @@ def solve_residency(plan: Plan, budget: int | None, group_nbytes: int, widen: bo
     widths = [(0,) * len(layer.projections) for layer in plan.layers]
     if widen:
         left = None if budget is None else budget - nbytes
-        widths, extra = _widen(plan.layers, levels, left)
+        widths, extra = _widen(plan.layers, levels, storage, left)
         nbytes += extra
     trunk_loss = sum(entry.weight * entry.error for entry in plan.trunk.values())
     loss = trunk_loss + sum(option.loss for option in chosen)
@@ -114,19 +140,19 @@ def _exchange(
     return saved - other * (demoted.errors[p][first] - demoted.errors[p][second])
 
 
-def smallest_residency(plan: Plan, group_nbytes: int) -> int:
+def smallest_residency(plan: Plan, storage: Storage) -> int:
     """Bytes of memory with only the base plane of every expert."""
-    return smallest_nbytes(_options(plan, group_nbytes))
+    return smallest_nbytes(_options(plan, storage))
 
 
 def _total(chosen: list[Option]) -> int:
     return sum(option.nbytes for option in chosen)
 
 
-def _options(plan: Plan, group_nbytes: int) -> list[list[Option]]:
+def _options(plan: Plan, storage: Storage) -> list[list[Option]]:
     return [
         [
-            Option(level, resident_nbytes(shape, level, group_nbytes), layer.weights[p][e] * error)
+            Option(level, storage.nbytes(shape, level), layer.weights[p][e] * error)
             for level, error in zip(LEVELS, expert.errors[p], strict=False)
         ]
         or [Option(ABSENT, 0, 0.0)]
@@ -136,7 +162,9 @@ def _options(plan: Plan, group_nbytes: int) -> list[list[Option]]:
     ]
 
 
-def _widen(layers: tuple[LayerPlan, ...], levels: Levels, left: int | None) -> tuple[list[tuple[int, ...]], int]:
+def _widen(
+    layers: tuple[LayerPlan, ...], levels: Levels, storage: Storage, left: int | None
+) -> tuple[list[tuple[int, ...]], int]:
     """Field width per (layer, projection), in layer order while the bytes last (None: no limit), and bytes spent."""
     widths, spent = [], 0
     for layer, experts in zip(layers, levels, strict=True):
@@ -144,7 +172,7 @@ def _widen(layers: tuple[LayerPlan, ...], levels: Levels, left: int | None) -> t
         for p, shape in enumerate(layer.projections):
             here = [expert[p] for expert in experts if expert[p] != ABSENT]
             widest = min(width for width in _QUICK_WIDTHS if width >= max(here, default=0))
-            extra = sum(shape.code_nbytes(widest) - shape.code_nbytes(level) for level in here)
+            extra = sum(storage.nbytes(shape, widest) - storage.nbytes(shape, level) for level in here)
             fits = left is None or spent + extra <= left
             row.append(widest if fits else 0)
             spent += extra if fits else 0

@@ -18,11 +18,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmoe.banks import MergedBank
-from mlxmoe.experts import ExpertLayer, combined
-from mlxmoe.formats import ABSENT, array_bytes, num_planes, read_floats, write_floats
+from mlxmoe.experts import ExpertLayer, add_halves, combined
+from mlxmoe.formats import ABSENT, FIELD_BITS, array_bytes, field_width, num_planes, read_floats, write_floats
 from mlxmoe.plan import LayerPlan
 from mlxmoe.reader import Read
-from mlxmoe.residency import resident_nbytes
+from mlxmoe.residency import merged_storage
 from mlxmoe.rotation import ONE_COPY, Copies, turned
 from mlxmoe.stacked import ARRAY_DTYPES, StockSource
 from mlxmoe.store import ExpertSource, Span
@@ -92,7 +92,7 @@ class MergedShelf:
         self._biases = tuple(biases)
         self._filled: dict[int, list[MergedBank]] = {}
         self._spare: dict[tuple[int, ...], list[list[MergedBank]]] = {}
-        self.sizes = merged_sizes(layer, dtype)
+        self.sizes = merged_storage(dtype).experts_nbytes(layer)
 
     def reads(self, expert: int, busy: Collection[int] = ()) -> list[Read]:
         levels = self._layer.experts[expert].levels
@@ -110,7 +110,9 @@ class MergedShelf:
 
     def _allocate(self, levels: tuple[int, ...]) -> list[MergedBank]:
         self._spare.clear()  # memory of other levels would come on top
-        return [MergedBank(self._layer.projections[p], level, 1, self._dtype) for p, level in _present(levels)]
+        return [
+            MergedBank(self._layer.projections[p], field_width(level), 1, self._dtype) for p, level in _present(levels)
+        ]
 
     def drop(self, expert: int) -> None:
         self._spare.setdefault(self._layer.experts[expert].levels, []).append(self._filled.pop(expert))
@@ -147,8 +149,9 @@ class MergedShelf:
         shape, bias = self._layer.projections[projection], self._biases[projection]
         bits, words, scales, biases = self._filled[expert][projection].arrays
         y = mx.quantized_matmul(
-            x, words[0], scales[0], biases[0], transpose=True, group_size=shape.group_size, bits=bits
+            x, words[0], scales[0], biases[0], transpose=True, group_size=shape.group_size, bits=min(bits, FIELD_BITS)
         )
+        y = y if bits <= FIELD_BITS else add_halves(y)
         return y if bias is None else y + bias[expert]
 
 
@@ -240,11 +243,3 @@ class _Bank:
 def _present(levels: Sequence[int]) -> list[tuple[int, int]]:
     """Projection and level of the matrices that an expert has: those of further copies come last."""
     return [(p, level) for p, level in enumerate(levels) if level != ABSENT]
-
-
-def merged_sizes(layer: LayerPlan, dtype: mx.Dtype) -> tuple[int, ...]:
-    """Bytes of memory of each expert of a layer at its written levels."""
-    return tuple(
-        sum(resident_nbytes(s, level, 2 * dtype.size) for s, level in zip(layer.projections, entry.levels, strict=True))
-        for entry in layer.experts
-    )

@@ -20,17 +20,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from toy_checkpoints import VECTORS, convert, prepare, write_architecture, write_qwen3
 
 from mlxmoe import loading
-from mlxmoe.arena import ArenaShelf, Frames, Slot, arena_sizes, arena_slack, num_frames, slack_nbytes
+from mlxmoe.arena import ArenaShelf, Frames, Slot, arena_slack, num_frames, slack_nbytes
 from mlxmoe.blocks import FusedBlock
 from mlxmoe.errors import UserError
 from mlxmoe.expert_memory import ExpertMemory
 from mlxmoe.experts import KernelExperts
 from mlxmoe.formats import MatrixShape, num_planes
 from mlxmoe.gates import gate_scores
-from mlxmoe.kernels import TABLE_FACTOR, TABLE_SCALES, Activation, ReferenceKernels
+from mlxmoe.kernels import TABLE_FACTOR, TABLE_PLANES, TABLE_SCALES, Activation, ReferenceKernels
 from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.plan import ExpertEntry, LayerPlan
 from mlxmoe.reader import Read, Reader
+from mlxmoe.residency import PLANES
 from mlxmoe.shelves import Busy
 from mlxmoe.store import ExpertStore, layer_header, layer_records, read_span
 from mlxmoe.streaming import Beside, StreamedExperts
@@ -450,12 +451,16 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> LayerPlan:
     """Experts of all levels, of random bits. The last projection has the smaller groups, so larger scales.
 
     Many with one 1-bit plane to a matrix and many with none: so halves of frames are often left behind."""
-    shapes = tuple(MatrixShape(*row) for row in [("gate", 32, 64, 64), ("up", 32, 64, 64), ("down", 64, 32, 32)])
-    rng = np.random.default_rng(0)
     levels = random.Random(0).choices([(3, 3, 3), (2, 2, 2), (8, 8, 8), (6, 6, 6), (3, 2, 2)], k=44)
     levels += [(2, 4, 8), (4, 4, 4), (8, 6, 2), (3, 4, 6)]
+    return write_layer(tmp_path_factory.mktemp("layer") / "experts.safetensors", levels)
+
+
+def write_layer(path: Path, levels: Sequence[tuple[int, ...]]) -> LayerPlan:
+    """A file of random bits, and its layer."""
+    shapes = tuple(MatrixShape(*row) for row in [("gate", 32, 64, 64), ("up", 32, 64, 64), ("down", 64, 32, 32)])
+    rng = np.random.default_rng(0)
     entries = tuple(ExpertEntry(row, (), (), (0,) * max(map(num_planes, row))) for row in levels)
-    path = tmp_path_factory.mktemp("layer") / "experts.safetensors"
     layer = LayerPlan(0, "experts", "glu", str(path), shapes, (), entries)
     records = b"".join(rng.bytes(nbytes) for *_, nbytes in layer_records(layer))
     path.write_bytes(layer_header(layer) + records)
@@ -483,7 +488,17 @@ def equal(first: list[mx.array], second: list[mx.array]) -> bool:
 
 def test_parts_lie_where_the_table_says(store: ExpertStore, layer: LayerPlan) -> None:
     """Each part of the file, found through the table as the kernels find it, and by nothing else."""
-    shelf = make_shelf(store, layer, sum(arena_sizes(layer)))
+    check_parts(store, layer)
+
+
+def test_parts_above_8_bits_lie_where_the_table_says(tmp_path: Path) -> None:
+    layer = write_layer(tmp_path / "experts.safetensors", [(16, 16, 16), (2, 4, 16), (16, 3, 8), (2, 2, 2)])
+    with ExpertStore(Path(), (layer,)) as store:
+        check_parts(store, layer)
+
+
+def check_parts(store: ExpertStore, layer: LayerPlan) -> None:
+    shelf = make_shelf(store, layer, sum(PLANES.experts_nbytes(layer)))
     for expert in range(len(shelf.sizes)):
         carry_out(shelf, expert)
     for expert in range(len(shelf.sizes)):
@@ -497,7 +512,7 @@ def test_parts_lie_where_the_table_says(store: ExpertStore, layer: LayerPlan) ->
             row = np.array(bank.table[expert])
             assert row[0] == layer.experts[expert].levels[part.projection]
             assert row.view(np.float32)[TABLE_FACTOR] == 1.0
-            start = row[TABLE_SCALES if part.field == "scales" else 1 + int(part.field[-1])]
+            start = row[TABLE_SCALES if part.field == "scales" else TABLE_PLANES[int(part.field[-1])]]
             assert start % 4 == 0
             assert np.array(bank.words[int(start) : int(start) + part.nbytes // 4]).tobytes() == data.tobytes()
 
@@ -505,7 +520,7 @@ def test_parts_lie_where_the_table_says(store: ExpertStore, layer: LayerPlan) ->
 def test_experts_of_all_levels_come_and_go(store: ExpertStore, layer: LayerPlan) -> None:
     """Whoever fits is placed, if need be by moving others, and after every step all are what the file says. Who is busy
     stays where it is, and a refusal takes nothing."""
-    whole = make_shelf(store, layer, sum(arena_sizes(layer)))
+    whole = make_shelf(store, layer, sum(PLANES.experts_nbytes(layer)))
     everybody = range(len(whole.sizes))
     for expert in everybody:
         carry_out(whole, expert)
@@ -538,7 +553,7 @@ def test_experts_of_all_levels_come_and_go(store: ExpertStore, layer: LayerPlan)
 
 
 def test_another_capacity_keeps_what_is_there(store: ExpertStore, layer: LayerPlan) -> None:
-    shelf = make_shelf(store, layer, sum(arena_sizes(layer)))
+    shelf = make_shelf(store, layer, sum(PLANES.experts_nbytes(layer)))
     for expert in range(22):
         carry_out(shelf, expert)
     for expert in set(range(22)) - {3, 9, 21}:

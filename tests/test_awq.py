@@ -101,6 +101,12 @@ def test_every_expert_is_searched_at_its_own_level() -> None:
         np.testing.assert_array_equal(found[e], alone.scales[0])
 
 
+def test_no_scales_are_searched_at_16_bits() -> None:
+    found = find_balance(projection(), [16, 2, 16], 32, 1).scales
+    assert (found[[0, 2]] == 1).all()
+    assert (found[1] != 1).any()
+
+
 # -- codes -------------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from mlxmoe.parts import Parts
 from mlxmoe.pictures import write_report
 from mlxmoe.plan import Plan
 from mlxmoe.prepared import full_memory, prepare, smallest_memory
-from mlxmoe.residency import solve_residency
+from mlxmoe.residency import PLANES, solve_residency
 from mlxmoe.runtime import RuntimeConfig
 
 SETTINGS = ("--max-tokens", "128", "--window", "32")
@@ -86,7 +86,7 @@ def test_all_losses_together_are_the_expected_one(which: str, out: Path) -> None
     places = loss_by_place(plan)
     total = sum(loss for losses in places.values() for loss in losses.values())
     assert total == pytest.approx(plan.expected_loss, rel=2e-3)  # four digits in the file
-    assert total == pytest.approx(solve_residency(plan, None, 2, widen=False).expected_loss)
+    assert total == pytest.approx(solve_residency(plan, None, PLANES, widen=False).expected_loss)
     layers = [place for place in places if place.isdigit()]
     assert layers == [str(i) for i in range(len(layers))]
     assert next(iter(places)) == "embedding"

@@ -264,7 +264,7 @@ def test_hub_that_fails(
         (["--bits", "head=7"], "--bits 'head=7': no width among 2, 3, 4, 5, 6, 8 fits"),
         (["--bits", "head=8-6"], "--bits 'head=8-6': no width"),
         (["--bits", "head=8", "--bits", "head=4"], "--bits is given twice for head"),
-        (["--expert-bits", "2,5"], r"expert levels \[5\] are not among 2, 3, 4, 6, 8"),
+        (["--expert-bits", "2,5"], r"expert levels \[5\] are not among 2, 3, 4, 6, 8, 16"),
         (["--expert-bits", "two"], "--expert-bits 'two' is no list of numbers"),
         (["--expert-bits", ""], "--expert-bits '' is no list of numbers"),
         (["--group-size", "48"], "group size 48 is not one of 32, 64, 128"),

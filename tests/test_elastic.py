@@ -21,7 +21,7 @@ from mlxmoe.loading import Loaded, RuntimeConfig, open_model
 from mlxmoe.plan import ExpertEntry, LayerPlan
 from mlxmoe.prepared import full_memory, smallest_memory
 from mlxmoe.pressure import PressureWatch
-from mlxmoe.residency import Swap, choose_swaps, solve_residency
+from mlxmoe.residency import PLANES, Swap, choose_swaps, merged_storage, solve_residency
 from mlxmoe.session import Engine
 from mlxmoe.upkeep import Upkeep
 
@@ -64,7 +64,8 @@ def test_another_budget_gives_what_loading_with_it_gives(converted: Path, kernel
         before = mx.get_active_memory()
         held = elastic.nbytes
         elastic.resize(budget)
-        wanted = solve_residency(plan, budget, 8, True) if kernels is None else solve_residency(plan, budget, 2, False)
+        storage = merged_storage(mx.float32) if kernels is None else PLANES
+        wanted = solve_residency(plan, budget, storage, widen=kernels is None)
         assert elastic.residency == wanted
         assert elastic.nbytes <= budget
         mx.clear_cache()

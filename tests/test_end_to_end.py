@@ -45,7 +45,7 @@ def test_planes_give_the_tokens_of_the_built_ins() -> None:
     # a float16 scale a group and the planes as they are, against a float32 scale and bias and widened fields
     assert planes.report.nbytes_experts < 0.8 * built_ins.report.nbytes_experts
     resident = sum(layer.nbytes for layer in expert_layers(planes))
-    tables = 5 * 3 * 32 * 8 * 4
+    tables = 5 * 3 * 32 * 12 * 4
     assert resident == planes.report.nbytes_experts + tables
 
 

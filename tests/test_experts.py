@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
+from mlxmoe.banks import MergedBank
 from mlxmoe.convert.write import pack_matrix
 from mlxmoe.experts import SORT_FROM, Bucket, ExpertLayer, PlaneLinear, combined
 from mlxmoe.formats import (
@@ -20,6 +21,7 @@ from mlxmoe.formats import (
     PLANE_WIDTHS,
     MatrixShape,
     PackedMatrix,
+    field_width,
     join_planes,
     level_scale,
     num_planes,
@@ -27,6 +29,7 @@ from mlxmoe.formats import (
     unpack_codes,
 )
 from mlxmoe.reference import mixed_product, plane_product, truncation_levels, unpack
+from mlxmoe.residency import merged_storage
 
 # float32 sums of K products in another order: error per output against the largest output
 TOLERANCE = 2e-5
@@ -42,25 +45,31 @@ def inputs(rows: int, columns: int, seed: int = 0) -> mx.array:
 
 
 def fill(linear: PlaneLinear, matrices: list[PackedMatrix], levels: list[int], width: int) -> None:
-    """Merged codes as the loader makes them: one bucket of `width`-bit fields, or (0) one bucket per level."""
+    """Merged codes as the loader makes them: one bucket of `width`-bit fields, or (0) one bucket per width of a level."""
     buckets = []
-    widths = [width or level for level in levels]
+    widths = [width or field_width(level) for level in levels]
     for bits in sorted(set(widths)):
         experts = [e for e, w in enumerate(widths) if w == bits]
-        words, scales = [], []
-        for e in experts:
-            matrix, level = matrices[e], levels[e]
-            planes = [
-                unpack_codes(words_, w, matrix.shape.columns)
-                for words_, w in zip(matrix.planes[: num_planes(level)], PLANE_WIDTHS, strict=False)
-            ]
-            words.append(pack_codes(join_planes(planes), bits))
-            scales.append(
-                matrix.scales.astype(mx.float32) * level_scale(matrix.level, level, matrix.gains.get(level, 1.0))
-            )
-        biases = [-s * ((1 << levels[e]) - 1) / 2 for s, e in zip(scales, experts, strict=True)]
-        buckets.append((experts, Bucket(bits, mx.stack(words), mx.stack(scales), mx.stack(biases))))
+        fields = [merged(matrices[e], levels[e], bits) for e in experts]
+        buckets.append((experts, Bucket(bits, *(mx.stack(arrays) for arrays in zip(*fields, strict=True)))))
     linear.fill(buckets)
+
+
+def merged(matrix: PackedMatrix, level: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Words, scales and biases of one matrix in fields of `bits`, 16 as two of 8 in rows one below the other."""
+    planes = [
+        unpack_codes(words, w, matrix.shape.columns)
+        for words, w in zip(matrix.planes[: num_planes(level)], PLANE_WIDTHS, strict=False)
+    ]
+    codes = join_planes(planes)
+    scales = matrix.scales.astype(mx.float32) * level_scale(matrix.level, level, matrix.gains.get(level, 1.0))
+    if bits <= 8:
+        return pack_codes(codes, bits), scales, -scales * ((1 << level) - 1) / 2
+    low = max(level - 8, 0)
+    words = [pack_codes(codes >> low, 8), pack_codes(codes & ((1 << low) - 1), 8)]
+    units = [scales * (1 << low), scales * (low > 0)]
+    biases = [-unit * ((1 << width) - 1) / 2 for unit, width in zip(units, (level - low, low), strict=True)]
+    return tuple(mx.concatenate(parts) for parts in (words, units, biases))  # type: ignore[return-value]
 
 
 @settings(max_examples=40, deadline=None)
@@ -84,12 +93,12 @@ def test_plane_sum_is_the_product(
     assert mx.abs(found - wanted).max() < TOLERANCE * max(1.0, float(mx.abs(wanted).max()))
 
 
-@pytest.mark.parametrize("width", [0, 8], ids=["a bucket per level", "one width"])
+@pytest.mark.parametrize("width", [0, 16], ids=["a bucket per width", "one width"])
 @pytest.mark.parametrize("tokens", [1, 5, 64])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_mixed_levels_in_one_call(width: int, tokens: int, group_size: int) -> None:
     """Experts of all levels, some truncated, in one call of the layer: equal to the reference row by row."""
-    written, levels = [2, 3, 4, 6, 8, 8, 4], [2, 3, 4, 6, 8, 2, 3]
+    written, levels = [2, 3, 4, 6, 8, 8, 4, 16, 16, 16], [2, 3, 4, 6, 8, 2, 3, 16, 12, 4]
     matrices = [make_matrix(40, 256, group_size, level, seed=e) for e, level in enumerate(written)]
     linear = PlaneLinear(matrices[0].shape, len(matrices), has_bias=False)
     fill(linear, matrices, levels, width)
@@ -105,11 +114,56 @@ def test_wider_fields_change_no_bit() -> None:
     levels = [2, 3, 4, 2]
     matrices = [make_matrix(48, 128, 64, level, seed=e) for e, level in enumerate(levels)]
     results = []
-    for width in (0, 4, 6, 8):
+    for width in (0, 4, 6, 8, 16):
         linear = PlaneLinear(matrices[0].shape, 4, has_bias=False)
         fill(linear, matrices, levels, width)
         results.append(linear(inputs(6, 128)[:, None], mx.array([0, 1, 2, 3, 2, 0])))
     assert all(mx.array_equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("width", [0, 16])
+def test_2_4_and_16_bits_in_one_call_against_dequantized_weights(width: int) -> None:
+    """The banks that the loader fills, against the weights that the codes stand for; 16 bits are those of the source."""
+    source = [np.random.RandomState(e).standard_normal((40, 128)).astype(np.float32) for e in range(3)]
+    levels = [2, 4, 16]
+    packed = [pack_matrix(w, MatrixShape("w", 40, 128, 64), level)[0] for w, level in zip(source, levels, strict=True)]
+    linear = PlaneLinear(packed[0].shape, 3, has_bias=False)
+    buckets = []
+    for bits in sorted({width or level for level in levels}):
+        experts = [e for e, level in enumerate(levels) if (width or level) == bits]
+        bank = MergedBank(packed[0].shape, bits, len(experts), mx.float32)
+        for row, e in enumerate(experts):
+            planes = [np.array(words).view(np.uint8).reshape(-1) for words in packed[e].planes]
+            bank.write(row, planes, np.array(packed[e].scales), 1.0)
+        buckets.append((experts, bank.arrays))
+    linear.fill(buckets)
+    assert linear.nbytes == sum(merged_storage(mx.float32).nbytes(packed[0].shape, width or level) for level in levels)
+    x, chosen = inputs(9, 128), [0, 2, 1, 2, 2, 0, 1, 0, 2]
+    found = linear(x[:, None], mx.array(chosen))[:, 0]
+    values = [np.array(unpack(matrix, level)) for matrix, level in zip(packed, levels, strict=True)]
+    wanted = np.stack([values[e] @ np.array(x[t]) for t, e in enumerate(chosen)])
+    np.testing.assert_allclose(np.array(found), wanted, atol=TOLERANCE * np.abs(wanted).max())
+    original = source[2] @ np.array(x[1])
+    np.testing.assert_allclose(np.array(found[1]), original, atol=1e-3 * np.abs(original).max())
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("level", [10, 12, 14, 16])
+def test_a_bank_loses_nothing_above_8_bits(level: int, dtype: mx.Dtype) -> None:
+    """What the two fields stand for is the code's value, to the last bit, also where scales and biases have 16 bits."""
+    matrix = make_matrix(24, 128, 32, 16, seed=level)
+    bank = MergedBank(matrix.shape, 16, 1, dtype)
+    planes = [np.array(words).view(np.uint8).reshape(-1) for words in matrix.planes[: num_planes(level)]]
+    bank.write(0, planes, np.array(matrix.scales), level_scale(16, level, matrix.gains.get(level, 1.0)))
+    codes = unpack_codes(bank.arrays.words[0], 8, 128).astype(mx.float32).reshape(48, 4, 32)
+    scales, biases = (array[0].astype(mx.float32)[..., None] for array in bank.arrays[2:])
+    fields = np.array(codes * scales + biases, np.float64).reshape(2, 24, 128)
+    joined = join_planes(
+        [unpack_codes(p, w, 128) for p, w in zip(matrix.planes[: num_planes(level)], PLANE_WIDTHS, strict=False)]
+    )
+    wanted = np.array(joined, np.float64) - (2**level - 1) / 2
+    wanted *= np.repeat(np.array(matrix.scales, np.float64) * 2.0 ** (16 - level), 32, axis=1)
+    assert (fields.sum(axis=0) == wanted).all()
 
 
 def test_resident_bytes_and_shape_without_experts() -> None:

@@ -12,11 +12,13 @@ from mlxmoe.errors import UserError
 from mlxmoe.formats import (
     GROUP_SIZES,
     LEVELS,
+    NARROW_LEVELS,
     PLANE_WIDTHS,
     MatrixShape,
     array_bytes,
     choose_group_size,
     dequantize_codes,
+    field_width,
     join_planes,
     level_scale,
     merge_planes,
@@ -33,7 +35,8 @@ AWKWARD = (1, 31, 32, 33, 63, 64, 65, 96, 127, 128, 160, 257)
 
 
 def random_codes(rows: int, columns: int, bits: int, seed: int) -> mx.array:
-    return mx.array(np.random.RandomState(seed).randint(0, 1 << bits, (rows, columns)).astype(np.uint8))
+    dtype = np.uint8 if bits <= 8 else np.uint16
+    return mx.array(np.random.RandomState(seed).randint(0, 1 << bits, (rows, columns)).astype(dtype))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
@@ -79,20 +82,41 @@ def test_packing_is_one_lsb_first_bit_stream() -> None:
 def test_prefix_of_planes_is_the_truncated_code(level: int, columns: int, rows: int, seed: int) -> None:
     codes = random_codes(rows, columns, level, seed)
     planes = split_planes(codes, level)
+    assert len(planes) == num_planes(level)
     assert [int(plane.max()) < 1 << width for plane, width in zip(planes, PLANE_WIDTHS, strict=False)] == [True] * len(
         planes
     )
     for lower in LEVELS[: num_planes(level)]:
-        assert mx.array_equal(join_planes(planes[: num_planes(lower)]), codes >> (level - lower))
+        joined = join_planes(planes[: num_planes(lower)])
+        assert joined.dtype == (mx.uint8 if lower <= 8 else mx.uint16)
+        assert mx.array_equal(joined, codes >> (level - lower))
 
 
-@pytest.mark.parametrize(("level", "width"), [(lv, w) for lv in LEVELS for w in (2, 3, 4, 6, 8) if w >= lv])
+@pytest.mark.parametrize(("level", "width"), [(lv, w) for lv in NARROW_LEVELS for w in NARROW_LEVELS if w >= lv])
 def test_planes_merge_to_the_packed_code(level: int, width: int) -> None:
     """On the host and without unpacking, into fields that may be wider than the code."""
     codes = random_codes(3, 96, level, seed=level)
-    planes = [pack_codes(p, w) for p, w in zip(split_planes(codes, level), PLANE_WIDTHS, strict=False)]
-    merged = merge_planes([np.array(plane).view(np.uint8).reshape(-1) for plane in planes], width)
+    merged = merge_planes(stored_planes(codes, level), width)
     assert bytes(merged) == bytes(array_bytes(pack_codes(codes, width)))
+
+
+def stored_planes(codes: mx.array, level: int) -> list[np.ndarray]:
+    """uint8 bytes of each plane, as a file has them."""
+    planes = [pack_codes(p, w) for p, w in zip(split_planes(codes, level), PLANE_WIDTHS, strict=False)]
+    return [np.array(plane).view(np.uint8).reshape(-1) for plane in planes]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_planes_merge_to_two_fields(level: int) -> None:
+    """A matrix of twice the rows: the first 8 bits of all codes, then what is below, which may be nothing."""
+    codes = random_codes(3, 96, level, seed=level)
+    below = max(level - 8, 0)
+    high, low = codes >> below, codes & ((1 << below) - 1)
+    wanted = bytes(array_bytes(pack_codes(high, 8))) + bytes(array_bytes(pack_codes(low, 8)))
+    assert bytes(merge_planes(stored_planes(codes, level), 16)) == wanted
+    assert field_width(level) == (level if level <= 8 else 16)
+    shape = MatrixShape("w", 3, 96, 32)
+    assert shape.code_nbytes(16) == len(wanted)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
@@ -110,7 +134,8 @@ def test_floats_are_written_as_mlx_casts_them(dtype: mx.Dtype) -> None:
 @pytest.mark.parametrize("level", LEVELS)
 def test_dequantize_is_symmetric_mid_rise(level: int) -> None:
     """Every code of a group of 32: s * (q - (2^L - 1)/2), so that code and mirrored code cancel."""
-    codes = mx.array(np.arange(32)[None] % (1 << level)).astype(mx.uint8)
+    steps = np.arange(32)[None] * (1 if level <= 8 else 1009) % (1 << level)
+    codes = mx.array(steps).astype(mx.uint8 if level <= 8 else mx.uint16)
     value = dequantize_codes(codes, mx.array([[2.0]]), level)
     wanted = 2.0 * (np.array(codes, np.float64) - (2**level - 1) / 2)
     assert np.array_equal(np.array(value), wanted.astype(np.float32))

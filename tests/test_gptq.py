@@ -30,7 +30,8 @@ from mlxmoe.convert.gptq import (
 )
 from mlxmoe.convert.quantize import affine_search, clip_search
 from mlxmoe.convert.stats import Moments
-from mlxmoe.formats import LEVELS, MatrixShape, num_planes
+from mlxmoe.convert.write import pack_matrix
+from mlxmoe.formats import LEVELS, NARROW_LEVELS, MatrixShape, num_planes
 from mlxmoe.reference import unpack
 
 
@@ -95,7 +96,7 @@ def test_batched_feedback_is_the_published_algorithm(bits: int, columns: int, gr
     assert same_rows > 0.9
 
 
-@pytest.mark.parametrize("bits", LEVELS)
+@pytest.mark.parametrize("bits", NARROW_LEVELS)
 def test_error_is_far_below_rounding_to_nearest(bits: int) -> None:
     """What error feedback is for: a fraction of the output error at the same bits."""
     weight, hessian = problem(4, 64, 128, seed=1)
@@ -178,7 +179,7 @@ def started(weight: np.ndarray, bits: int, group_size: int, mu: float | None) ->
     experts=st.integers(1, 3),
     rows=st.sampled_from((1, 7, 33)),
     groups=st.sampled_from(((32, 1), (32, 3), (64, 2))),
-    bits=st.sampled_from(LEVELS),
+    bits=st.sampled_from(NARROW_LEVELS),
     mu=st.sampled_from((None, 0.0, 0.4)),
     seed=st.integers(0, 10**6),
 )
@@ -345,9 +346,9 @@ def moments_of(hessian: np.ndarray, rows: int) -> Moments:
 
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_packed_experts_unpack_to_their_values_and_errors(mu: float) -> None:
-    """By the reference of the format, at every level that is written; experts of different levels in one call."""
-    weight, hessian = problem(5, 24, 64, seed=3)
-    moments, levels = moments_of(hessian, 24), [2, 4, 8, 4, 3]
+    """By the reference of the format, at every level that can be read; experts of different levels in one call."""
+    weight, hessian = problem(6, 24, 64, seed=3)
+    moments, levels = moments_of(hessian, 24), [2, 4, 8, 4, 3, 16]
     packed = pack_experts(weight, moments, levels, MatrixShape("up_proj", 24, 64, 32), mu)
     damped = curvature(hessian).hessian
     for e, (matrix, errors, values) in enumerate(packed):
@@ -359,6 +360,28 @@ def test_packed_experts_unpack_to_their_values_and_errors(mu: float) -> None:
             left = np.array(unpack(matrix, level)) - weight[e]
             assert np.einsum("nk,kl,nl,n->", left, damped[e], left, rows) / norm == pytest.approx(relative, rel=1e-3)
         np.testing.assert_allclose(np.array(unpack(matrix, levels[e])), values, atol=1e-5)
+    errors_at_16, gains = packed[5][1], packed[5][0].gains
+    assert list(errors_at_16) == sorted(errors_at_16, reverse=True)
+    assert errors_at_16[-1] < 1e-7
+    assert [gains[level] for level in (10, 12, 14)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_at_16_bits_the_statistics_decide_about_the_lower_levels_alone(feedback: bool) -> None:
+    """The codes are those of data-free rounding, by both methods; the gains are least squares in the metric of H, by
+    numpy's solver with the factor of H as the weights."""
+    weight, hessian = problem(2, 24, 64, seed=5)
+    shape = MatrixShape("up_proj", 24, 64, 32)
+    packed = pack_experts(weight, moments_of(hessian, 24), [16, 16], shape, 0.0, feedback=feedback)
+    for e, (matrix, *_) in enumerate(packed):
+        plain = pack_matrix(weight[e], shape, 16).matrix
+        assert mx.array_equal(matrix.scales, plain.scales)
+        assert all(mx.array_equal(a, b) for a, b in zip(matrix.planes, plain.planes, strict=True))
+        factor = np.linalg.cholesky(curvature(hessian).hessian[e].astype(np.float64))
+        for level in NARROW_LEVELS:
+            value = np.array(unpack(matrix, level)).astype(np.float64) / matrix.gains[level]
+            (gain,), *_ = np.linalg.lstsq((value @ factor).reshape(-1, 1), (weight[e] @ factor).reshape(-1), rcond=None)
+            assert matrix.gains[level] == pytest.approx(gain, rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])

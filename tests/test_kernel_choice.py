@@ -43,6 +43,7 @@ from mlxmoe.kernel_choice import (
 from mlxmoe.kernels import PHASES, MetalKernels, ReferenceKernels
 from mlxmoe.models import num_experts_per_token
 from mlxmoe.plan import Plan
+from mlxmoe.residency import merged_storage
 
 FACTS = DeviceFacts("Apple M1 Pro", "applegpu_g13s", "Darwin 26.1", "0.32.4", "abc")
 LAYER = LayerShape(64, 32, 6, 2, 32, 32, (2, 4), "float32")
@@ -126,9 +127,9 @@ def choose(gpu: Gpu, path: Path, layer: LayerShape = LAYER, facts: DeviceFacts =
 
 def test_every_kernel_type_and_format_is_checked() -> None:
     found = {(case.kernel, case.dtype, case.variant.split(" D=")[0]) for case in all_cases()}
-    formats = ("planes 2/3/4/6/8 bit", "affine 4 bit", "mxfp4 4 bit")
+    formats = ("planes 2/3/4/6/8/10/12/14/16 bit", "affine 4 bit", "mxfp4 4 bit")
     expected = {(kernel, name) for kernel in EXPERT_KERNELS for name in formats}
-    expected.add(("expert_gate_up", "rotated planes 2/3/4/6/8 bit"))
+    expected.add(("expert_gate_up", "rotated planes 2/3/4/6/8/10/12/14/16 bit"))
     expected |= {("hadamard_blocks", "blocks of 128"), ("hadamard_blocks", "blocks of 1024")}
     expected |= {("route", "softmax"), ("route", "sigmoid in groups")}
     assert found == {(kernel, dtype, name) for kernel, name in expected for dtype in ("float16", "bfloat16")}
@@ -254,6 +255,22 @@ def test_both_candidates_run_the_layer(activation: str, phase: str, tokens: int,
         assert (len(products), gpu.calls) == (calls * 2 * projections, launched)
     assert {array.shape for array in outputs} == {(tokens // calls, 2, 64)}
     assert all(mx.all(mx.isfinite(array)).item() for array in outputs)
+
+
+def test_the_built_ins_hold_16_bits_as_the_loader_does() -> None:
+    """Two fields of 8 bits, in one bucket with 12 bits; the kernels' planes as they are."""
+    layer = dataclasses.replace(LAYER, levels=(2, 12, 16))
+    banks = kernel_choice._random_banks(layer)
+    module = kernel_choice._builtin_layer(layer, banks)
+    levels, storage = kernel_choice._levels(layer), merged_storage(kernel_choice.DTYPES[layer.dtype])
+    assert module.gate.nbytes == sum(storage.nbytes(banks.gate.shape, level) for level in levels)
+    x, experts = mx.ones((2, layer.width)), mx.array([[0, 1], [2, 1]])
+    assert module(x, experts).shape == (2, 2, layer.width)
+    assert mx.all(mx.isfinite(module(x, experts))).item()
+    narrow = dataclasses.replace(LAYER, levels=(2, 8))
+    for shape, factor in ((layer, 2), (narrow, 1)):
+        cases = {case.kernel: case.tolerance for case in expert_cases(shape)}
+        assert cases["expert_gemm"] == factor * cases["expert_down"] == factor * cases["expert_gate_up"]
 
 
 @pytest.mark.parametrize(("codec", "levels"), [("affine", (3,)), ("affine", (4, 6)), ("mxfp4", (4,))])

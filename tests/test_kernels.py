@@ -30,17 +30,22 @@ from mlxmoe.errors import UserError
 from mlxmoe.experts import ExpertLayer, KernelExperts, stock_banks
 from mlxmoe.formats import (
     LEVELS,
+    NARROW_LEVELS,
     PLANE_WIDTHS,
     MatrixShape,
     PackedMatrix,
     array_bytes,
+    join_planes,
     level_scale,
     num_planes,
     pack_codes,
+    unpack_codes,
 )
 from mlxmoe.kernels import (
     ACTIVATIONS,
+    TABLE_BEYOND,
     TABLE_FACTOR,
+    TABLE_PLANES,
     TABLE_SCALES,
     TABLE_WIDTH,
     UNIT,
@@ -69,7 +74,8 @@ from mlxmoe.router import route as route_reference
 # Largest error against the largest output: half a unit in the last place of the output's type
 TOLERANCE = {mx.float32: 2e-6, mx.float16: 5e-4, mx.bfloat16: 4e-3}
 DTYPES = (mx.float16, mx.bfloat16)
-MIXED = [2, 3, 4, 6, 8, 2, 4]  # levels of the experts of a bank: every level, and unequal neighbours
+MIXED = [2, 3, 4, 6, 8, 2, 4]  # levels of the experts of a bank: every narrow one, and unequal neighbours
+WIDE = [16, 2, 10, 8, 14, 12, 16]  # every level above 8 bits, and narrow ones between
 REFERENCE = ReferenceKernels()
 SWIGLU = Activation("swiglu")
 SWIGLU_OAI = Activation("swiglu_oai", 1.702, 0.75)  # gpt-oss clamps at 7, where random values seldom come
@@ -140,7 +146,8 @@ def plane_bank(
     levels: Sequence[int], rows: int, columns: int, group_size: int, bias: mx.Dtype | None = None, seed: int = 1
 ) -> PlaneBank:
     added = None if bias is None else random((len(levels), rows), bias, seed + 50)
-    return PlaneBank.from_matrices(matrices(len(levels), rows, columns, group_size, seed=seed), levels, added)
+    written = 8 if max(levels) <= 8 else 16
+    return PlaneBank.from_matrices(matrices(len(levels), rows, columns, group_size, written, seed), levels, added)
 
 
 def quantized_bank(
@@ -209,19 +216,30 @@ def test_a_bank_holds_the_resident_planes_and_their_scales_and_nothing_else(
     shape = MatrixShape("w", rows, columns, group_size)
     bank = PlaneBank.from_matrices(matrices(len(MIXED), rows, columns, group_size), MIXED)
     assert bank.words.nbytes == sum(shape.code_nbytes(level) for level in MIXED) + len(MIXED) * shape.scales_nbytes
-    assert bank.nbytes == bank.words.nbytes + len(MIXED) * 32
+    assert bank.nbytes == bank.words.nbytes + len(MIXED) * 48
 
 
-def test_a_bank_means_what_the_planes_mean() -> None:
-    whole = matrices(len(MIXED), 5, 96, 32)
-    bank = PlaneBank.from_matrices(whole, MIXED)
-    for expert, (matrix, level) in enumerate(zip(whole, MIXED, strict=True)):
+@pytest.mark.parametrize("levels", [MIXED, WIDE])
+def test_a_bank_means_what_the_planes_mean(levels: list[int]) -> None:
+    whole = matrices(len(levels), 5, 96, 32, 8 if levels is MIXED else 16)
+    bank = PlaneBank.from_matrices(whole, levels)
+    for expert, (matrix, level) in enumerate(zip(whole, levels, strict=True)):
         assert mx.array_equal(bank.dequantize(expert), unpack(matrix, level))
+
+
+def test_an_exchange_of_16_bits_and_2() -> None:
+    """Planes on both sides of the scales' entries of the table change hands."""
+    whole = matrices(2, 5, 96, 32, 16)
+    bank = PlaneBank.from_matrices(whole, [2, 16])
+    factors = 1.0, level_scale(16, 2, whole[1].gains[2])
+    bank.exchange(0, 1, [array_bytes(plane) for plane in whole[0].planes[1:]], factors)
+    assert mx.array_equal(bank.dequantize(0), unpack(whole[0], 16))
+    assert mx.array_equal(bank.dequantize(1), unpack(whole[1], 2))
 
 
 def test_planes_and_scales_start_on_16_bytes_where_rows_are_odd() -> None:
     bank = PlaneBank.from_matrices(matrices(3, 3, 96, 32), [3, 4, 8])
-    used = [offset for row in bank.table.tolist() for offset in [*row[1 : 1 + num_planes(row[0])], row[TABLE_SCALES]]]
+    used = [row[entry] for row in bank.table.tolist() for entry in [*TABLE_PLANES[: num_planes(row[0])], TABLE_SCALES]]
     assert len({*used}) == len(used)
     assert all(offset % 4 == 0 for offset in used)
 
@@ -235,13 +253,13 @@ def scattered(banks: Sequence[PlaneBank], seed: int = 1) -> list[PlaneBank]:
         (b, expert, entry)
         for b, table in enumerate(tables)
         for expert, row in enumerate(table)
-        for entry in [*range(1, 1 + num_planes(int(row[0]))), TABLE_SCALES]
+        for entry in [*TABLE_PLANES[: num_planes(int(row[0]))], TABLE_SCALES]
     ]
     words: list[np.ndarray] = []
     end = 0
     for b, expert, entry in [parts[i] for i in state.permutation(len(parts))]:
         shape, start = banks[b].shape, int(tables[b][expert, entry])
-        nbytes = shape.scales_nbytes if entry == TABLE_SCALES else shape.plane_nbytes(entry - 1)
+        nbytes = shape.scales_nbytes if entry == TABLE_SCALES else shape.plane_nbytes(TABLE_PLANES.index(entry))
         gap = 1 if entry in (2, 3, TABLE_SCALES) else 1 + (end + 1) % 2  # 1-bit planes and scales: 4 bytes, others: 8
         tables[b][expert, entry] = end + gap
         words += [state.randint(0, 1 << 32, gap, np.uint32), np.array(banks[b].words[start : start + -(-nbytes // 4)])]
@@ -304,7 +322,7 @@ def stock_layer(
     return ExpertLayer.from_switch(switch)
 
 
-STOCK_LAYERS = [((bits,) * 3, ("affine",) * 3) for bits in LEVELS] + [((4,) * 3, ("mxfp4",) * 3)]
+STOCK_LAYERS = [((bits,) * 3, ("affine",) * 3) for bits in NARROW_LEVELS] + [((4,) * 3, ("mxfp4",) * 3)]
 
 
 @pytest.mark.parametrize(("bits", "modes"), [*STOCK_LAYERS, ((3, 3, 6), ("affine",) * 3)])
@@ -519,6 +537,22 @@ def test_down(
     check_down(sim, hidden, routing(tokens, active, len(MIXED)), weights, down)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, mx.float32])
+def test_decode_above_8_bits(sim: Run, dtype: mx.Dtype) -> None:
+    """All wide levels mixed with narrow ones in one call of each kernel: sums are float32, so nothing is less exact."""
+    gate, up, down = (
+        plane_bank(WIDE, *size, seed=seed) for seed, size in enumerate([(20, 96, 32)] * 2 + [(13, 64, 64)])
+    )
+    experts, weights = routing(2, 5, len(WIDE)), mx.softmax(random((2, 5), mx.float32, 9), axis=-1)
+    check_gate_up(sim, random((2, 96), dtype), experts, gate, up, SWIGLU)
+    check_down(sim, random((2, 5, 64), dtype), experts, weights, down)
+
+
+def test_planes_above_8_bits_may_lie_anywhere(sim: Run) -> None:
+    gate, up = scattered([plane_bank(WIDE, 13, 96, 32, seed=1), plane_bank(WIDE, 13, 96, 32, seed=2)])
+    check_gate_up(sim, random((3, 96), mx.float16), routing(3, 3, len(WIDE)), gate, up, SWIGLU)
+
+
 def test_down_with_more_experts_than_simdgroups(sim: Run) -> None:
     levels = [2] * 12
     down, experts = plane_bank(levels, 10, 64, 64), routing(2, 11, 12)
@@ -664,6 +698,29 @@ def test_gemm(sim: Run, dtype: mx.Dtype, columns: int, rows: int, group_size: in
     experts = routing(tokens, active, len(MIXED) - 1)
     experts = experts + (experts >= 3).astype(mx.uint32)
     check_gemm(sim, random((tokens, columns), dtype), experts, bank)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, mx.float32])
+def test_prefill_rounds_codes_above_8_bits_to_the_activations_type(sim: Run, dtype: mx.Dtype) -> None:
+    """To nothing else: with codes rounded so the reference agrees within the rounding of the results. And against the codes
+    as they are within twice that: each weight is off by half a unit at most, in either direction, and so is each result."""
+    whole = matrices(len(WIDE), 33, 96, 32, 16)
+    bank, x = PlaneBank.from_matrices(whole, WIDE), random((60, 96), dtype)
+    order, offsets, _ = sort_by_expert(routing(60, 3, len(WIDE)), len(WIDE))
+    found = sim.kernels.expert_gemm(x, (order // 3).astype(mx.uint32), offsets, bank)
+    sim.clean()
+    exact = REFERENCE.expert_gemm(x.astype(mx.float32), (order // 3).astype(mx.uint32), offsets, bank)
+    assert error(found, exact) <= 2 * TOLERANCE[dtype]
+    starts, parts = offsets.tolist(), []
+    for e, (matrix, level) in enumerate(zip(whole, WIDE, strict=True)):
+        planes = [
+            unpack_codes(p, w, 96) for p, w in zip(matrix.planes[: num_planes(level)], PLANE_WIDTHS, strict=False)
+        ]
+        centred = (join_planes(planes).astype(mx.float32) - (2**level - 1) / 2).astype(dtype).astype(mx.float32)
+        factor = level_scale(16, level, matrix.gains.get(level, 1.0))
+        weight = centred * mx.repeat(matrix.scales.astype(mx.float32) * factor, 32, axis=1)
+        parts.append(x[order[starts[e] : starts[e + 1]] // 3].astype(mx.float32) @ weight.T)
+    assert error(found, mx.concatenate(parts)) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("bits", "mode", "group_size"), STOCK)
@@ -848,10 +905,11 @@ def test_constants_agree_with_the_metal_files() -> None:
     expected = {name.upper(): str(value) for names in (ACTIVATIONS, SCORES) for value, name in enumerate(names)}
     sizes = {"UNIT": UNIT, "BN": 32, "PAD": 8, "ROWS_PER_SIMDGROUP": 16}
     sizes |= {"TABLE_WIDTH": TABLE_WIDTH, "TABLE_SCALES": TABLE_SCALES, "TABLE_FACTOR": TABLE_FACTOR}
+    sizes["TABLE_BEYOND"] = TABLE_BEYOND
     assert constants == expected | {name: str(size) for name, size in sizes.items()}
 
 
-@pytest.mark.parametrize("level", [2, 4])
+@pytest.mark.parametrize("level", [2, 4, 16])
 def test_weights_and_scales_are_read_once(level: int) -> None:
     require()
     run = simulated(profile=True)
@@ -867,8 +925,10 @@ def test_weights_and_scales_are_read_once(level: int) -> None:
         assert read.simd_bytes == read.unique_read == words + scales
         assert read.lane_utilisation == 1.0
         # an instruction for a unit of every plane, and one for its scale
-        assert read.simd_instructions == 3 * 16 // 2 * level
+        assert read.simd_instructions == 3 * 16 // 2 * (num_planes(level) + 1)
     assert buffers["hidden"].stored == 3 * 16 * 2
+    # of a row of the table no more than the level needs
+    assert buffers["gate_table"].unique_read == 3 * (32 if level <= 8 else 48)
 
     run.kernels.expert_down(random((1, 3, 512), mx.float16), experts, mx.ones((1, 3)), gate)
     buffers = run.last().buffers

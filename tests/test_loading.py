@@ -38,7 +38,7 @@ from mlxmoe.cli import main
 from mlxmoe.errors import UserError
 from mlxmoe.experts import PlaneLinear
 from mlxmoe.models import model_classes
-from mlxmoe.residency import Residency, solve_residency
+from mlxmoe.residency import Residency, Storage, solve_residency
 from mlxmoe.store import read_header
 
 pytestmark = pytest.mark.usefixtures("limits")
@@ -123,8 +123,8 @@ def test_logits_are_those_of_the_stored_weights(
     source, converted = folders[case]
     loader = sys.modules["mlxmoe.prepared"]
 
-    def solve(plan: Any, budget: int | None, scale_nbytes: int, _: bool) -> Residency:
-        return solve_residency(plan, budget, scale_nbytes, widen)
+    def solve(plan: Any, budget: int | None, storage: Storage, _: bool) -> Residency:
+        return solve_residency(plan, budget, storage, widen)
 
     monkeypatch.setattr(loader, "solve_residency", solve)
     prepared = prepare(converted, RuntimeConfig(context=128))

@@ -57,6 +57,26 @@ def test_text_is_json_with_a_line_per_expert() -> None:
     assert sum(a != b for a, b in zip(lines, changed.dumps().splitlines(), strict=True)) == 1
 
 
+def test_a_file_without_wide_levels_says_nothing_of_them() -> None:
+    """Older readers take it as it is, and it is to the letter what they wrote themselves."""
+    text = make_plan().dumps()
+    assert '"version":1,\n"codec":{"name":"planes","levels":[2,3,4,6,8],"plane_widths":[2,1,1,2,2]}' in text
+
+
+def test_levels_above_8_bits_need_a_newer_reader() -> None:
+    plan = make_plan()
+    errors, gains = tuple(0.1 / 4**i for i in range(9)), (0.9,) * 5 + (1.0,) * 3
+    wide = ExpertEntry((16, 2), (errors, (0.1,)), (gains, ()), tuple(range(9)))
+    plan = replace(plan, layers=(plan.layers[0]._replace(experts=(wide, plan.layers[0].experts[1])),))
+    text = plan.dumps()
+    assert '"version":3,\n"codec":{"name":"planes","levels":[2,3,4,6,8,10,12,14,16]' in text
+    again = Plan.loads(text)
+    assert again.layers[0].experts[0].num_planes == 9
+    assert again.level_histogram() == {2: 2, 3: 1, 16: 1}
+    with pytest.raises(UserError, match="levels, errors and gains do not fit together"):
+        Plan.loads(text.replace("[16,2]", "[14,2]"))
+
+
 def test_measured_values_keep_four_digits() -> None:
     plan = replace(make_plan(), expected_loss=0.123456789)
     assert Plan.loads(plan.dumps()).expected_loss == 0.1235
@@ -75,7 +95,7 @@ def test_histogram_and_bytes() -> None:
         ("{", "is not valid JSON"),
         ("[]", "is not a plan"),
         ('{"format": "other"}', "is not a plan"),
-        (make_plan().dumps().replace('"version":1', '"version":3'), "has format version 3, this mlxmoe reads up to 2"),
+        (make_plan().dumps().replace('"version":1', '"version":4'), "has format version 4, this mlxmoe reads up to 3"),
         (make_plan().dumps().replace('"seed"', '"sead"'), "is damaged"),
         (make_plan().dumps().replace('"projections":[[', '"projections":[3,['), "is damaged"),
         (make_plan().dumps().replace('"version":1', '"version":"x"'), "is damaged"),

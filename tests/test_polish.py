@@ -67,6 +67,24 @@ def test_values_are_those_of_the_format(rotation: str) -> None:
     assert (np.array(again.scales) == np.array(packed.scales)).all()
 
 
+def test_scales_above_8_bits_have_no_slope() -> None:
+    """Beside others of the same module, which have theirs."""
+    weights, stored = experts((2, 16, 8))
+    np.testing.assert_allclose(stored.values()[1], weights[1], atol=1e-4)
+    assert list(stored.free) == [True, False, True]
+    (slopes,) = stored.slopes(np.ones_like(weights) * np.sign(stored.values()))
+    assert [bool((of_expert != 0).all()) for of_expert in slopes] == [True, False, True]
+    assert not slopes[1].any()
+
+
+def test_factors_of_some_are_the_least_squares_with_the_others_at_1() -> None:
+    normal = Normal(np.array([[4.0, 1.0, 1.0], [1.0, 3.0, 1.0], [1.0, 1.0, 2.0]]), np.array([1.0, 0.5, 0.9]))
+    free = np.array([True, False, True])
+    found = fit_factors(normal, free, ridge=0.0)
+    np.testing.assert_allclose(found[free] - 1, np.linalg.solve([[4, 1], [1, 2]], [1.0, 0.9]))
+    assert found[1] == 1
+
+
 def test_an_affine_matrix_keeps_its_codes() -> None:
     weight = np.random.RandomState(1).standard_normal((8, 64)).astype(np.float32)
     coded = affine_search(weight.reshape(-1, 32), 4)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 
 from mlxmoe.convert.quantize import affine_search, clip_search, encode, output_clip_search, truncation_fit
 from mlxmoe.convert.write import pack_matrix
-from mlxmoe.formats import GROUP_SIZES, LEVELS, MatrixShape, num_planes
+from mlxmoe.formats import GROUP_SIZES, LEVELS, NARROW_LEVELS, MatrixShape, num_planes
 from mlxmoe.reference import unpack
 
 
@@ -31,7 +31,7 @@ def plain_value(groups: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray
     return scales[:, None] * grid[nearest]
 
 
-@pytest.mark.parametrize("bits", LEVELS)
+@pytest.mark.parametrize("bits", NARROW_LEVELS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_encode_picks_the_nearest_value(bits: int, group_size: int) -> None:
     groups = gaussian(6, group_size, seed=bits)
@@ -150,7 +150,7 @@ def test_odd_groups(bits: int, kind: str) -> None:
     assert coded.codes.max() < 2**bits
     assert np.isfinite(coded.scales).all()
     assert coded.error <= 1.001 * norm + 1e-20
-    if bits in LEVELS:
+    if bits in NARROW_LEVELS:
         scales, errors = clip_search(groups, bits)
         assert np.isfinite(scales).all()
         assert (scales >= 0).all()
@@ -158,12 +158,70 @@ def test_odd_groups(bits: int, kind: str) -> None:
         assert errors.sum() <= 1.001 * norm + 1e-20
 
 
-@pytest.mark.parametrize("level", [3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_above_8_bits_codes_are_rounded_to_nearest(bits: int) -> None:
+    """Every weight within half a step, by the definition of the code in float64; no larger step than the largest weight of
+    its group needs, among those of 8 digits; and the error is what it is said to be."""
+    groups = gaussian(40, 32, seed=bits) * np.geomspace(1e-4, 1e4, 40, dtype=np.float32)[:, None]
+    groups[0], groups[1, :31], groups[2, 0] = 0, 0, -64.0  # zeros; one weight alone; an even power of two
+    scales, errors = clip_search(groups, bits)
+    exact = scales.astype(np.float64)
+    codes = encode(groups, scales.astype(np.float32), bits)
+    assert codes.dtype == np.uint16
+    assert codes.max() < 2**bits
+    left = (codes - (2**bits - 1) / 2) * exact[:, None] - groups
+    assert (np.abs(left) <= exact[:, None] * (0.5 + 2.0**-8)).all()  # 2^15 steps are counted in float32
+    np.testing.assert_allclose(errors, np.square(left).sum(axis=1), rtol=1e-4)
+    assert scales[0] == errors[0] == 0
+    unit = np.maximum(2.0 ** (np.floor(np.log2(exact[1:])) - 7), 2.0**-23)
+    assert (exact[1:] % unit == 0).all()
+    largest = np.abs(groups[1:]).max(axis=1).astype(np.float64)
+    assert (largest <= exact[1:] * 2 ** (bits - 1)).all()
+    assert (largest > (exact[1:] - unit) * 2 ** (bits - 1)).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_what_products_read_above_8_bits_is_exact_in_16_bit_floats(dtype: mx.Dtype) -> None:
+    """Scales and biases of both fields of a code, down to the least scale that there is."""
+    groups = gaussian(60, 32) * np.geomspace(1e-7, 10, 60, dtype=np.float32)[:, None]
+    scales = mx.array(clip_search(groups, 16)[0].astype(np.float32))
+    assert scales.min() == 2.0**-23
+    for factor in (0.5, 1, 256, -32768):
+        assert mx.array_equal((scales * factor).astype(dtype).astype(mx.float32), scales * factor)
+
+
+def test_16_bits_are_closer_than_the_sources_own_rounding() -> None:
+    """But for weights below 1/64 of the largest of their group, nobody is further off than bfloat16 is from a weight."""
+    groups = np.array(mx.array(gaussian(500, 128)).astype(mx.bfloat16).astype(mx.float32))
+    scales, errors = clip_search(groups, 16)
+    left = (encode(groups, scales.astype(np.float32), 16) - 32767.5) * scales.astype(np.float32)[:, None] - groups
+    largest = np.abs(groups).max(axis=1, keepdims=True)
+    large = np.abs(groups) > largest / 64
+    assert (np.abs(left)[large] < np.abs(groups)[large] * 2.0**-9).all()
+    # the variance of even rounding at steps of max / 2^15; largest weights lie on the border of two codes
+    even = 128 * float(np.square(largest / 2**15).sum()) / 12
+    assert even < errors.sum() < 1.1 * even
+
+
+@pytest.mark.parametrize("level", [10, 12, 14])
+def test_above_8_bits_the_best_gain_is_1_to_four_digits(level: int) -> None:
+    groups = gaussian(64, 128, seed=level)
+    scales, _ = clip_search(groups, 16)
+    codes = encode(groups, scales.astype(np.float32), 16)
+    gain, error = truncation_fit(groups, codes, scales, 16, level)
+    value = ((codes >> (16 - level)) - (2**level - 1) / 2) * scales.astype(np.float64)[:, None] * 2.0 ** (16 - level)
+    (best,), *_ = np.linalg.lstsq(value.reshape(-1, 1), groups.reshape(-1), rcond=None)
+    assert gain == 1.0
+    assert best == pytest.approx(1, abs=5e-5)
+    assert error == pytest.approx(((value - groups) ** 2).sum(), rel=1e-4)
+
+
+@pytest.mark.parametrize("level", [3, 4, 6, 8, 16])
 def test_truncation_fit_is_least_squares(level: int) -> None:
     groups = gaussian(64, 128, seed=level)
     scales, _ = clip_search(groups, level)
     codes = encode(groups, scales.astype(np.float32), level)
-    for lower in LEVELS[: num_planes(level) - 1]:
+    for lower in NARROW_LEVELS[: num_planes(level) - 1]:
         gain, error = truncation_fit(groups, codes, scales, level, lower)
         value = (
             ((codes >> (level - lower)) - (2**lower - 1) / 2)
@@ -182,6 +240,16 @@ def test_nested_base_loses_less_than_a_decibel() -> None:
     scales, _ = clip_search(groups, 4)
     codes = encode(groups, scales.astype(np.float32), 4)
     assert decibel(truncation_fit(groups, codes, scales, 4, 2)[1], groups) < dedicated + 0.9
+
+
+def test_2_bits_of_16_are_nearly_those_of_8() -> None:
+    """The scale of 16 bits clips nothing, and that of 8 hardly anything."""
+    groups, errors = gaussian(2000, 64) * np.float32(0.02), {}
+    for bits in (8, 16):
+        scales, _ = clip_search(groups, bits)
+        codes = encode(groups, scales.astype(np.float32), bits)
+        errors[bits] = decibel(truncation_fit(groups, codes, scales, bits, 2)[1], groups)
+    assert errors[8] < errors[16] < errors[8] + 0.3
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -27,6 +27,7 @@ from mlxmoe.prepared import choose_residency, prepare  # noqa: F401 (one place)
 from mlxmoe.store import TensorInfo, read_header
 
 VECTORS = Path(__file__).resolve().parent / "vectors"
+WIDTHS = (2, 1, 1, 2, 2, 2, 2, 2, 2)  # of planes
 VOCAB = 320  # more than the byte-level tokenizer needs
 SHAPE = CheckpointShape(num_hidden_layers=3, hidden_size=128, moe_intermediate_size=128, max_position_embeddings=512)
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 4}  # for write_qwen3
@@ -159,7 +160,7 @@ def stored_matrix(folder: Path, layer: LayerPlan, expert: int, projection: int, 
     written = entry.levels[projection]
     codes = np.zeros((shape.rows, shape.columns), np.int64)
     bits_read = 0
-    for plane, width in enumerate((2, 1, 1, 2, 2)):
+    for plane, width in enumerate(WIDTHS):
         if bits_read == level:
             break
         data = records[f"L{layer.layer}.E{expert}.P{plane}"]
@@ -173,7 +174,7 @@ def stored_matrix(folder: Path, layer: LayerPlan, expert: int, projection: int, 
     offset = sum(_words_nbytes(layer, entry, p, 0) for p in range(len(layer.projections)))
     offset += sum(2 * other.num_groups for other in layer.projections[:projection])
     scales = base[offset : offset + 2 * shape.num_groups].view(np.float16).astype(np.float32)
-    gain = 1.0 if level == written else entry.gains[projection][(2, 3, 4, 6, 8).index(level)]
+    gain = 1.0 if level == written else entry.gains[projection][(2, 3, 4, 6, 8, 10, 12, 14).index(level)]
     factor = scales.reshape(shape.rows, -1, 1) * np.float32(2 ** (written - level) * gain)
     centred = codes.astype(np.float32) - (2**level - 1) / 2
     return (centred.reshape(shape.rows, -1, shape.group_size) * factor).reshape(shape.rows, shape.columns)
@@ -181,8 +182,8 @@ def stored_matrix(folder: Path, layer: LayerPlan, expert: int, projection: int, 
 
 def _words_nbytes(layer: LayerPlan, entry: ExpertEntry, projection: int, plane: int) -> int:
     """Bytes of one projection's packed words in the record of a plane; 0 where it was not written."""
-    width = (2, 1, 1, 2, 2)[plane]
-    if entry.levels[projection] < sum((2, 1, 1, 2, 2)[: plane + 1]):
+    width = WIDTHS[plane]
+    if entry.levels[projection] < sum(WIDTHS[: plane + 1]):
         return 0
     shape = layer.projections[projection]
     return shape.rows * -(-shape.columns * width // 32) * 4
