@@ -17,7 +17,7 @@ import numpy as np
 
 from mlxmoe.budget import Option, allocate, smallest_nbytes
 from mlxmoe.convert.config import DEFAULT_RULES, LOWEST_CALIBRATED_BITS, LOWEST_TRUNK_BITS, ConvertConfig, Rule
-from mlxmoe.convert.measure import ExpertErrors, TrunkErrors, TrunkFormat, candidate_formats
+from mlxmoe.convert.measure import AS_IS, ExpertErrors, TrunkErrors, TrunkFormat, candidate_formats
 from mlxmoe.convert.replicas import copies_per_expert, copy_seeds
 from mlxmoe.convert.sensitivity import CLASS_WEIGHTS, expert_benefits, expert_weights, score_losses, trunk_weight
 from mlxmoe.convert.source import Source, TrunkTensor
@@ -70,7 +70,14 @@ def trunk_outputs(tensor: TrunkTensor, stored: TrunkFormat | None) -> list[Outpu
 
 
 def trunk_formats(plan: Plan) -> dict[str, TrunkFormat]:
-    return {name: TrunkFormat(entry.bits, entry.group_size) for name, entry in plan.trunk.items()}
+    """Of the trunk tensors that are quantized."""
+    formats = {name: TrunkFormat(entry.bits, entry.group_size) for name, entry in plan.trunk.items()}
+    return {name: stored for name, stored in formats.items() if stored != AS_IS}
+
+
+def _storable(tensor: TrunkTensor) -> list[TrunkFormat]:
+    """What a tensor may be written as: what is measured, in that order, and as it is."""
+    return [*candidate_formats(tensor), AS_IS]
 
 
 def trunk_shards(source: Source, formats: dict[str, TrunkFormat]) -> list[list[TrunkTensor]]:
@@ -96,12 +103,12 @@ def shard_header(shard: Sequence[TrunkTensor], formats: dict[str, TrunkFormat]) 
     return encode_header({o.name: (o.dtype, o.shape, o.nbytes) for o in outputs})
 
 
-def output_config(source: Source, trunk: dict[str, TrunkEntry]) -> str:
+def output_config(source: Source, formats: dict[str, TrunkFormat]) -> str:
     """config.json of the converted folder: the source's, plus MLX's own description of each quantized trunk tensor."""
     config = {k: v for k, v in source.checkpoint.config.items() if k not in ("quantization", "quantization_config")}
     quantization: dict[str, Any] = {"group_size": 64, "bits": 8}
-    for name, entry in trunk.items():
-        quantization[name.removesuffix(".weight")] = {"group_size": entry.group_size, "bits": entry.bits}
+    for name, stored in formats.items():
+        quantization[name.removesuffix(".weight")] = {"group_size": stored.group_size, "bits": stored.bits}
     config["quantization"] = quantization
     return json.dumps(config, separators=(",", ":")) + "\n"
 
@@ -194,14 +201,14 @@ class Allocator:
         for t, tensor in enumerate(self._quantizable):
             low, high = rules[str(tensor.tensor_class)]
             norm = self._trunk_errors.norms[t] or 1.0
-            items.append(
-                [
-                    Option(j, sum(o.nbytes for o in trunk_outputs(tensor, stored)),
-                           self._trunk_weights[t] * self._trunk_errors.errors[t, j] / norm)
-                    for j, stored in enumerate(candidate_formats(tensor))
-                    if low <= stored.bits <= high
-                ]
-            )  # fmt: skip
+            options = []
+            for j, stored in enumerate(_storable(tensor)):
+                if low <= stored.bits <= high:
+                    as_it_is = stored == AS_IS
+                    nbytes = sum(o.nbytes for o in trunk_outputs(tensor, None if as_it_is else stored))
+                    error = 0.0 if as_it_is else self._trunk_errors.errors[t, j]
+                    options.append(Option(j, nbytes, self._trunk_weights[t] * error / norm))
+            items.append(options)
         return items
 
     def _choose(self, items: list[list[Option]], budget: int) -> list[Option]:
@@ -307,7 +314,7 @@ class Allocator:
         for t, (tensor, option) in enumerate(zip(self._quantizable, chosen[len(self._keys) :], strict=True)):
             weight = self._trunk_weights[t]
             error = option.loss / weight if weight else 0.0
-            stored = candidate_formats(tensor)[option.label]
+            stored = _storable(tensor)[option.label]
             trunk[tensor.name] = TrunkEntry(str(tensor.tensor_class), *stored, error, weight)
         plan = Plan(
             model_type=source.checkpoint.config["model_type"],
@@ -373,7 +380,7 @@ class Allocator:
             for matrix in rotation_matrices(layer):
                 by_class["rotations"] += matrix.nbytes
         files |= {name: FileEntry(size, "0" * 64) for name, size in self._side_files.items()}
-        files["config.json"] = FileEntry(len(output_config(self._source, plan.trunk).encode()), "0" * 64)
+        files["config.json"] = FileEntry(len(output_config(self._source, formats).encode()), "0" * 64)
         text = len(plan.with_files(files).dumps().encode())
         total = sum(entry.nbytes for entry in files.values()) + text
         by_class["tokenizer, headers, plan"] = total - sum(by_class.values())

@@ -58,8 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rules = "; ".join(f"{name}={low}-{high}" for name, (low, high) in DEFAULT_RULES.items())
     parser.add_argument(
         "--bits", action="append", default=[], metavar="CLASS=BITS",
-        help=f"width outside the experts, such as attention=8 or embedding=4-6; may be repeated (default: {rules}, "
-        "lower where the size demands it; with --calibration 2-8 for all; router and norms are never touched)",
+        help="width outside the experts, such as attention=8 or embedding=4-6; 16 leaves tensors as they are; may "
+        f"be repeated (default: {rules}, lower where the size demands it; with --calibration 2-8 for all; router and norms "
+        "are never touched)",
     )  # fmt: skip
     text = Calibration("")
     parser.add_argument(

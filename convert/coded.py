@@ -40,10 +40,11 @@ class CodedLayer:
         self, tensors: Sequence[TrunkTensor], layer: LayerPlan | None, rotations: Sequence[Rotation]
     ) -> dict[str, Stored]:
         """The matrices whose scales can be refined, by the path of their module; rotations: of each projection. The
-        embedding has no inputs, and what is stacked by heads has no gradient of its own: they stay."""
+        embedding has no inputs, what is stacked by heads has no gradient of its own, and what is written as it is has no
+        scales: they stay."""
         found = {}
         for tensor in tensors:
-            if len(tensor.shape) == 2 and tensor.tensor_class != "embedding":
+            if tensor.name in self.trunk and len(tensor.shape) == 2 and tensor.tensor_class != "embedding":
                 found[tensor.module] = Stored.trunk(self.trunk[tensor.name], tensor.shape)
         if layer is not None:
             for shape, matrices, rotation in zip(layer.projections, self.experts, rotations, strict=True):

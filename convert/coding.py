@@ -12,6 +12,7 @@ from mlxmoe.convert.coded import CodedLayer
 from mlxmoe.convert.ensemble import code_copy, learn_weights, mean_values
 from mlxmoe.convert.gather import differentiate, draw
 from mlxmoe.convert.layers import Layers
+from mlxmoe.convert.measure import AS_IS
 from mlxmoe.convert.scores import observe
 from mlxmoe.convert.stats import Moments, without_inputs
 from mlxmoe.convert.write import Packed, copy_turns
@@ -26,10 +27,13 @@ class Coding(NamedTuple):
 
 
 def code_layer(layers: Layers, i: int, plan: Plan, moments: dict[str, Moments]) -> Coding:
-    """Codes a loaded layer, or what lies before or behind the layers, by its statistics."""
+    """Codes a loaded layer, or what lies before or behind the layers, by its statistics: but not what is written as it
+    is."""
     coding = Coding({}, CodedLayer())
     for tensor in layers.trunk[i]:
         entry, matrix = plan.trunk[tensor.name], layers.stream.weight(tensor.name)
+        if entry.bits == AS_IS.bits:
+            continue
         flat = matrix.reshape(-1, matrix.shape[-1])
         coded, _, _ = code_trunk(flat, moments[tensor.module], entry.bits, entry.group_size)
         coding.layer.trunk[tensor.name] = coded

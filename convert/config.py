@@ -15,7 +15,8 @@ from mlxmoe.rotation import PLAIN
 
 Rule = tuple[int, int]  # lowest and highest bits of a class
 
-TRUNK_BITS = (2, 3, 4, 5, 6, 8)  # widths of tensors outside the experts
+TRUNK_BITS = (2, 3, 4, 5, 6, 8)  # widths that tensors outside the experts are quantized at
+AS_IS_BITS = 16  # stands for one that is written as the source has it
 DEFAULT_RULES: dict[str, Rule] = dict.fromkeys(("embedding", "head", "attention", "shared", "dense"), (6, 8))
 LOWEST_TRUNK_BITS = 3  # where the rules do not fit the size, unpinned classes may go down to this
 LOWEST_CALIBRATED_BITS = 2  # with calibration every class starts here: what its errors cost is measured
@@ -206,9 +207,10 @@ def parse_rule(text: str) -> tuple[str, Rule]:
             f"--bits {text!r} is not CLASS=BITS", f"classes: {', '.join(DEFAULT_RULES)}; example: --bits attention=8"
         )
     rule = int(low), int(high or low)
-    if rule[0] > rule[1] or not any(rule[0] <= b <= rule[1] for b in TRUNK_BITS):
+    widths = (*TRUNK_BITS, AS_IS_BITS)
+    if rule[0] > rule[1] or not any(rule[0] <= b <= rule[1] for b in widths):
         raise UserError(
-            f"--bits {text!r}: no width among {', '.join(map(str, TRUNK_BITS))} fits", "example: --bits head=6-8"
+            f"--bits {text!r}: no width among {', '.join(map(str, widths))} fits", "example: --bits head=6-8"
         )
     return name, rule
 

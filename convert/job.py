@@ -288,7 +288,7 @@ class Job:
 
     def _write_side_files(self, plan: Plan) -> dict[str, FileEntry]:
         contents = side_files(self.checkpoint.folder)
-        contents["config.json"] = output_config(self.source, plan.trunk).encode()
+        contents["config.json"] = output_config(self.source, trunk_formats(plan)).encode()
         return {name: write_whole(self.work.folder / name, data) for name, data in contents.items()}
 
     def _complete(self, plan: Plan, nbytes: int) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxmoe.convert.config import TRUNK_BITS, ConvertConfig
+from mlxmoe.convert.config import AS_IS_BITS, TRUNK_BITS, ConvertConfig
 from mlxmoe.convert.quantize import affine_search, clip_search
 from mlxmoe.convert.rotate import UNTURNED, Rotated, longest_rules
 from mlxmoe.convert.source import Source, TrunkTensor
@@ -75,6 +75,9 @@ class TrunkFormat(NamedTuple):
 
     bits: int
     group_size: int
+
+
+AS_IS = TrunkFormat(AS_IS_BITS, 0)  # what stands in the plan for a tensor that is written as the source has it
 
 
 def candidate_formats(tensor: TrunkTensor) -> list[TrunkFormat]:

@@ -48,7 +48,8 @@ def refine_model(layers: Layers, plan: Plan, share: Share) -> str:
             planned = layers.planned(i, plan)
             coded = read_layer(layers, i, planned)
             stored |= (refined := _stored(layers, i, planned, coded))
-            fixed = {t.name: affine_values(coded.trunk[t.name], t.shape) for t in layers.trunk[i]}
+            quantized = [tensor for tensor in layers.trunk[i] if tensor.name in coded.trunk]
+            fixed = {t.name: affine_values(coded.trunk[t.name], t.shape) for t in quantized}
             fixed = {name: v for name, v in fixed.items() if name.removesuffix(".weight") not in refined}
             if i < last:
                 layers.stream.replace((fixed | coded.routers).items())

@@ -96,7 +96,8 @@ class LayerPlan(NamedTuple):
 
 
 class TrunkEntry(NamedTuple):
-    """A tensor outside the routed experts that was quantized in MLX's affine layout."""
+    """A tensor outside the routed experts that can be quantized: in MLX's affine layout, or at 16 bits, group size 0, as the
+    source has it, whatever its type."""
 
     tensor_class: str  # embedding, head, attention, shared, dense
     bits: int

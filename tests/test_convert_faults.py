@@ -261,7 +261,7 @@ def test_hub_that_fails(
         (["--bits", "router=4"], "--bits 'router=4' is not CLASS=BITS"),
         (["--bits", "head"], "--bits 'head' is not CLASS=BITS"),
         (["--bits", "head=²"], "--bits 'head=²' is not CLASS=BITS"),
-        (["--bits", "head=7"], "--bits 'head=7': no width among 2, 3, 4, 5, 6, 8 fits"),
+        (["--bits", "head=7"], "--bits 'head=7': no width among 2, 3, 4, 5, 6, 8, 16 fits"),
         (["--bits", "head=8-6"], "--bits 'head=8-6': no width"),
         (["--bits", "head=8", "--bits", "head=4"], "--bits is given twice for head"),
         (["--expert-bits", "2,5"], r"expert levels \[5\] are not among 2, 3, 4, 6, 8, 16"),
