@@ -42,7 +42,17 @@ BIASED = {
     "n_group": 1,
     "topk_group": 1,
 }
-CALIBRATED = ["--bpw", "6", "--expert-bits", "2,4", "--rotation", "none", "--calibration-tokens", "256", "--calibration"]
+CALIBRATED = [
+    "--bpw",
+    "6",
+    "--expert-bits",
+    "2,4",
+    "--rotation",
+    "none",
+    "--calibration-tokens",
+    "256",
+    "--calibration",
+]
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,18 @@ def test_converted_by_it_and_read_once(
 ) -> None:
     """A conversion that is resumed has the tokens of before, also without a network."""
     source = write_qwen3(tmp_path / "source", **SMALL)
-    given = ["--bpw", "8", "--calibration", "hub", "--calibration-tokens", "512"]
+    given = [
+        "--bpw",
+        "8",
+        "--calibration",
+        "hub",
+        "--calibration-tokens",
+        "512",
+        "--rotation",
+        "none",
+        "--polish",
+        "none",
+    ]
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

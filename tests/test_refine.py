@@ -138,7 +138,7 @@ def test_goes_on_where_it_was_stopped(
     """Two rounds, stopped before the writing: what was measured is not measured again."""
     arguments = ["--bpw", "6", "--calibration", str(text), "--calibration-tokens", "128", "--expert-bits", "2,4"]
     monkeypatch.setattr("mlxmoe.convert.refine.TOKENS", 256)
-    arguments += ["--refine", "2"]
+    arguments += ["--refine", "2", "--rotation", "none", "--polish", "none"]
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
