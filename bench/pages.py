@@ -7,6 +7,7 @@ data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -378,18 +379,22 @@ def _levels_figure(layers: Sequence[Json]) -> Any:
     names = layers[0]["projections"]
     figure = Figure(figsize=(8, len(names) * (1.1 + 0.09 * min(40, max(6, len(layers))))), layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    norm = BoundaryNorm([1.5, 2.5, 3.5, 5, 7, 8.5], 256)
+    written = {level for layer in layers for levels in layer["levels"] for level in levels if level}
+    known = sorted({2, 3, 4, 6, 8, *written})
+    edges = [1.5, *((a + b) / 2 for a, b in pairwise(known)), known[-1] + 0.5]
+    norm = BoundaryNorm(edges, 256)
     width = max(len(layer["levels"][0]) for layer in layers)
     for p, (axes, name) in enumerate(zip(panels, names, strict=True)):
-        rows = [[*layer["levels"][p], *[np.nan] * (width - len(layer["levels"][p]))] for layer in layers]
+        levels = [[level or np.nan for level in layer["levels"][p]] for layer in layers]  # blank: no such copy
+        rows = [[*row, *[np.nan] * (width - len(row))] for row in levels]
         image = axes.imshow(np.array(rows, float), aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
         step = -(-len(layers) // 24)
         axes.set_yticks(range(0, len(layers), step), [str(layer["layer"]) for layer in layers[::step]], fontsize=8)
         axes.set_ylabel("layer")
         axes.set_title(name, fontsize=10)
     panels[-1].set_xlabel("expert")
-    bar = figure.colorbar(image, ax=panels, label="bits written", ticks=[2, 3, 4.25, 6, 7.75])
-    bar.ax.set_yticklabels(["2", "3", "4", "6", "8"])
+    bar = figure.colorbar(image, ax=panels, label="bits written", ticks=[(a + b) / 2 for a, b in pairwise(edges)])
+    bar.ax.set_yticklabels([str(level) for level in known])
     return figure
 
 

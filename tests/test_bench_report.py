@@ -13,7 +13,7 @@ import pytest
 from toy_checkpoints import convert, write_architecture, write_qwen3
 from toy_text import write_domains
 
-from mlxmoe.bench.pages import report_parts, stats_parts
+from mlxmoe.bench.pages import _levels_figure, report_parts, stats_parts
 from mlxmoe.bench.report import bytes_by_class, describe, loss_by_place, measure_curve, sensitivity_by_place
 from mlxmoe.bench.stats import load_stats
 from mlxmoe.checkpoint import folder_nbytes, open_checkpoint
@@ -119,6 +119,20 @@ def test_levels_are_those_of_the_plan(out: Path) -> None:
         assert described["layer"] == layer.layer
         assert list(zip(*described["levels"], strict=True)) == [entry.levels for entry in layer.experts]
         assert described["errors"][1][3] == layer.experts[3].errors[1][-1]
+
+
+def test_every_level_has_a_colour_of_its_own() -> None:
+    """Also one that not all files have; what is no copy is blank."""
+    levels = [2, 3, 4, 6, 8, 16]
+    (panel, bar) = _levels_figure([{"layer": 1, "projections": ["up"], "levels": [[*levels, 0]]}]).axes
+    (image,) = panel.images
+    drawn = np.ma.masked_invalid(image.get_array())
+    assert drawn.mask[0].tolist() == [False] * 6 + [True]
+    colours = {tuple(image.cmap(image.norm(level))) for level in levels}
+    assert len(colours) == len(levels)
+    assert [label.get_text() for label in bar.get_yticklabels()] == [str(level) for level in levels]
+    for tick, level in zip(bar.get_yticks(), levels, strict=True):
+        assert image.norm(tick) == image.norm(level)
 
 
 def test_plan_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
