@@ -239,7 +239,12 @@ def report_parts(result: Json) -> list[Part]:
             _bytes_figure(result["bytes_by_class"]),
             bytes_rows(result),
         ),
-        Part("Levels", "Bits that are written of every expert's matrices.", "levels", _levels_figure(result["layers"])),
+        Part(
+            "Levels",
+            "Bits that are written of every expert's matrices. Blank: no such copy.",
+            "levels",
+            _levels_figure(result["layers"]),
+        ),
         Part(
             "Expected loss",
             "What the plan expects the errors of each part to cost, in the scale of a KL divergence in nats.",
@@ -393,6 +398,7 @@ def _levels_figure(layers: Sequence[Json]) -> Any:
         axes.set_ylabel("layer")
         axes.set_title(name, fontsize=10)
     panels[-1].set_xlabel("expert")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     bar = figure.colorbar(image, ax=panels, label="bits written", ticks=[(a + b) / 2 for a, b in pairwise(edges)])
     bar.ax.set_yticklabels([str(level) for level in known])
     return figure

@@ -98,6 +98,8 @@ def heat_map(
         turn = 45 if max(len(str(name)) for name in columns) > 3 else 0
         names = [str(name) for name in columns[::step]]
         axes.set_xticks(range(0, len(columns), step), names, rotation=turn, ha="right" if turn else "center")
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, fontsize=10)
     figure.colorbar(image, ax=axes, label=unit)

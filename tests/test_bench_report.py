@@ -21,7 +21,7 @@ from mlxmoe.cli import main
 from mlxmoe.evaluate import EvalConfig, read_text
 from mlxmoe.loading import open_model
 from mlxmoe.parts import Parts
-from mlxmoe.pictures import write_report
+from mlxmoe.pictures import heat_map, write_report
 from mlxmoe.plan import Plan
 from mlxmoe.prepared import full_memory, prepare, smallest_memory
 from mlxmoe.residency import PLANES, solve_residency
@@ -133,6 +133,18 @@ def test_every_level_has_a_colour_of_its_own() -> None:
     assert [label.get_text() for label in bar.get_yticklabels()] == [str(level) for level in levels]
     for tick, level in zip(bar.get_yticks(), levels, strict=True):
         assert image.norm(tick) == image.norm(level)
+
+
+@pytest.mark.parametrize("experts", [2, 4, 32])
+def test_experts_are_counted_in_whole_numbers(experts: int) -> None:
+    row = {"layer": 1, "projections": ["up"], "levels": [[2] * experts]}
+    maps = (
+        _levels_figure([row, row]),
+        heat_map(np.zeros((2, experts)), [0, 1], title="t", x="expert", y="layer", unit="u"),
+    )
+    for figure in maps:
+        figure.canvas.draw()
+        assert all(tick == round(tick) for tick in figure.axes[0].get_xticks())
 
 
 def test_plan_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
