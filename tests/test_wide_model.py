@@ -210,15 +210,15 @@ def calibrated(small: Path, short_windows: None) -> list[str]:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["--nested", "0.5", "--polish", "none"],
-        ["--polish", "layer"],
+        ["--nested", "0.5", "--polish", "none", "--rotation", "none"],
+        ["--polish", "layer", "--rotation", "none"],
         ["--method", "awq", "--polish", "none"],
         ["--rotation", "randomised-hadamard", "--replicas", "sensitivity:0.4", "--combine", "learned"],
         *(
             pytest.param(settings, marks=pytest.mark.slow)
             for settings in (
-                ["--polish", "factors", "--router", "topk-mse"],
-                ["--polish", "model", "--refine", "1"],
+                ["--polish", "factors", "--router", "topk-mse", "--rotation", "none"],
+                ["--polish", "model", "--refine", "1", "--rotation", "none"],
                 ["--rotation", "block-hadamard-64", "--allocation", "uniform"],
                 ["--allocation", "benefit", "--sensitivity", "mix"],
             )
@@ -242,7 +242,8 @@ def test_calibrated_conversions(settings: list[str], small: Path, calibrated: li
                     continue
                 assert entry.errors[p][-1] < 1e-7
                 assert set(entry.gains[p][5:]) == {1.0}
-                if layer.rotations.inputs.name == "none" and (plain or shape.name != "up_proj"):
+                rule = layer.rotations.hidden if shape.name.startswith("down_proj") else layer.rotations.inputs
+                if rule.name == "none" and (plain or shape.name != "up_proj"):
                     weight = np.array(wanted[f"{layer.path}.{shape.name}.weight"][e].astype(mx.float32))
                     left = stored_matrix(tmp_path / "out", layer, e, p, 16) - weight
                     assert np.abs(left).max() <= np.abs(weight).max() * 2.0**-15
