@@ -196,8 +196,8 @@ def test_prefetch_is_compared_with_none(bench: Bench) -> None:
     plain, slowed = rows[:3], rows[3:]
     assert all(row["read_rate"] is None for row in plain)
     assert len({row["read_rate"] for row in slowed}) == 1
-    # Computing takes as long as before, so waiting is most of the time now
-    assert slowed[0]["wait_share"] > 0.5 > plain[0]["wait_share"]
+    # By how much is a matter of the machine; the rate is tested below
+    assert slowed[0]["wait_share"] > plain[0]["wait_share"]
     facts = [line for line in report_lines({"sections": {"prefetch": {"rows": rows}}, "bars": []}) if "recall" in line]
     assert len(facts) == 4
 

@@ -538,7 +538,8 @@ def test_ctrl_c_in_the_middle_of_a_wait(file: StoreFile) -> None:
         ticket = reader.submit([Read(span, memory)])
         for _ in range(3):
             gate.wait_for_reads(1)
-            threading.Timer(0.02, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+            # Long enough to be in the wait: Python sees a signal just before it only when the wait is over
+            threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
             with pytest.raises(KeyboardInterrupt):
                 ticket.wait(PATIENCE)
             assert not ticket.done()
