@@ -529,6 +529,15 @@ def test_wait_with_a_timeout(file: StoreFile) -> None:
         assert ticket.wait(PATIENCE)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python leaves SIGINT ignored where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_the_middle_of_a_wait(file: StoreFile) -> None:
     """The wait ends, the read does not; the next wait finds it done."""
     gate = Gate()
@@ -538,8 +547,7 @@ def test_ctrl_c_in_the_middle_of_a_wait(file: StoreFile) -> None:
         ticket = reader.submit([Read(span, memory)])
         for _ in range(3):
             gate.wait_for_reads(1)
-            # Long enough to be in the wait: Python sees a signal just before it only when the wait is over
-            threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+            threading.Timer(0.02, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
             with pytest.raises(KeyboardInterrupt):
                 ticket.wait(PATIENCE)
             assert not ticket.done()
