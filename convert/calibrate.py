@@ -58,7 +58,7 @@ class Calibration:
         if not 0 <= self.mu <= 10:
             raise UserError(
                 f"--nested {self.mu} is not between 0 and 10",
-                "0.3 is a good choice for one file that serves many sizes",
+                "1 is a good choice for one file that serves many sizes",
             )
 
     @property

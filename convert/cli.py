@@ -84,8 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--nested", type=float, default=text.mu, metavar="MU",
-        help="what the errors of an expert's lower levels count when it is written: more for a file that shall serve "
-        "smaller memories as well (default: %(default)s)",
+        help="what the errors of an expert's lower levels count when it is written, for a file that shall serve smaller "
+        "memories as well, 1 for instance; what is not experts then has the bytes of a file half way between the smallest "
+        "and the size (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--predecessors", choices=("quantized", "source"), default="quantized",
@@ -111,14 +112,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--refine", type=int, default=share.refine, metavar="N",
-        help="rounds in which the trunk and the experts of every layer are coded alone, and their losses scaled to the "
-        "divergence that they cause on further calibration text (default: %(default)s)",
+        help="rounds in which every part of the coded model gets its original weights back, and its losses are scaled to "
+        "what the divergence falls by on further calibration text (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--polish", choices=POLISHES,
         help="what refines scales after the codes: factors, one for every expert; layer, all scales by the outputs of each "
         "layer; model, all scales by the predictions, with the whole model in memory (default: layer with --calibration, "
-        "none without it, with --nested or with --replicas)",
+        "none without it or with --replicas)",
     )  # fmt: skip
     parser.add_argument(
         "--router", choices=ROUTERS, default=ConvertConfig.router,

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import mlx.core as mx
 import numpy as np
 
-from mlxmoe.convert.polish import Stored
+from mlxmoe.convert.polish import Stored, View
 from mlxmoe.convert.quantize import Affine
 from mlxmoe.convert.source import TrunkTensor
 from mlxmoe.convert.write import Packed
-from mlxmoe.formats import LEVELS, PackedMatrix, num_planes
+from mlxmoe.formats import LEVELS, NARROW_LEVELS, PackedMatrix, num_planes
 from mlxmoe.plan import LayerPlan
 from mlxmoe.rotation import Rotation
 
@@ -50,6 +51,21 @@ class CodedLayer:
             for shape, matrices, rotation in zip(layer.projections, self.experts, rotations, strict=True):
                 found[f"{layer.path}.{shape.name}"] = Stored.experts([m.matrix for m in matrices], rotation)
         return found
+
+    def views(self, stored: dict[str, Stored], layer: LayerPlan | None, mu: float) -> list[View]:
+        """What `stored` gave for this layer as it is written and, with mu > 0, at every level below: they count mu in all."""
+        whole = View(1.0, stored)
+        if layer is None or mu == 0:
+            return [whole]
+        projections = {f"{layer.path}.{s.name}": m for s, m in zip(layer.projections, self.experts, strict=True)}
+        highest = max(packed.matrix.level for packed in chain(*self.experts))
+        lower = [level for level in NARROW_LEVELS if level < highest]
+
+        def lowered(level: int) -> dict[str, Stored]:
+            experts = {path: stored[path].lowered([m.matrix for m in own], level) for path, own in projections.items()}
+            return stored | experts
+
+        return [whole, *(View(mu / len(lower), lowered(level)) for level in lower)]
 
     def take(self, stored: Mapping[str, Stored], layer: LayerPlan | None) -> None:
         """Takes the scales and biases of what `stored` gave for this layer."""

@@ -142,10 +142,10 @@ class ConvertConfig:
                 raise UserError(f"--{name} {value} is not one of {', '.join(choices)}", "none is the default")
             if value != "none" and self.calibration is None:
                 raise UserError(f"--{name} {value} goes by text", "give --calibration FILE as well")
-        if self.polish != "none" and self.calibration is not None and self.calibration.mu > 0:
+        if self.polish in ("factors", "model") and self.calibration is not None and self.calibration.mu > 0:
             raise UserError(
                 f"--polish {self.polish} refines the level that is written, at the cost of those below that --nested counts",
-                "leave one of them out",
+                "--polish layer refines them all",
             )
         if self.allocation.needs_text and self.calibration is None:
             raise UserError(
@@ -195,7 +195,7 @@ def default_rotation(calibration: Calibration | None, replicas: Replication | No
 
 def default_polish(calibration: Calibration | None, replicas: Replication | None) -> str:
     """`layer` wherever it can be done; the windows that it holds back see to it that it does no harm."""
-    return "layer" if calibration is not None and calibration.mu == 0 and replicas is None else "none"
+    return "layer" if calibration is not None and replicas is None else "none"
 
 
 def parse_rule(text: str) -> tuple[str, Rule]:

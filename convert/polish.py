@@ -13,13 +13,16 @@ y' those behind the coded one on the hidden states that the coded layers before 
 a few windows, the rate falling to zero; scales are float16 in every forward pass, as they are stored. Windows held back
 decide which epoch is kept, the start among them, so the loss on them never rises.
 
+Of codes that are read at fewer bits as well (--nested) the loss is the sum over those readings (`View`): the scales are of
+all of them, and each has its gain, which moves with them.
+
 Shapes: E experts (1 for a matrix of the trunk), N rows, K columns, G group size, T tokens, D model dim, A active experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -44,12 +47,20 @@ _EVEN_TOKENS = 0.5  # of the mean weight, added to every token's
 _EVEN_OUTPUTS = 0.05  # of the mean of diag(M), added to it
 
 
+class Parameter(NamedTuple):
+    """What is refined: its values, and float32 of the same shape that its steps are shares of."""
+
+    values: np.ndarray
+    unit: np.ndarray
+
+
 @dataclass
 class Stored:
     """The matrices of one module as stored: scales * (codes + zeros) + biases, behind `rotation`.
 
     codes uint8 (uint16 where there is a matrix of more than 8 bits) [E, N, K], zeros float32 [E], scales and biases float32
-    [E, N, K/G], biases None where there are none.
+    [E, N, K/G], biases None where there are none. Read at a `level` of fewer bits (`lowered`): scales * 2^dropped * gains *
+    (the codes without their last `dropped` bits + zeros), dropped uint8 [E], gains float32 [E].
     """
 
     codes: np.ndarray
@@ -57,6 +68,9 @@ class Stored:
     scales: np.ndarray
     biases: np.ndarray | None
     rotation: Rotation = IDENTITY
+    level: int | None = None
+    dropped: np.ndarray | None = None
+    gains: np.ndarray | None = None
 
     @classmethod
     def experts(cls, matrices: Sequence[PackedMatrix], rotation: Rotation) -> Stored:
@@ -79,6 +93,18 @@ class Stored:
         scales, biases = (a.astype(np.float32).reshape(groups) for a in (coded.scales, coded.biases))
         return cls(coded.codes.reshape(1, *shape), np.zeros(1, np.float32), scales, biases)
 
+    def lowered(self, matrices: Sequence[PackedMatrix], level: int) -> Stored:
+        """The same experts with at most `level` bits of every code; it shares codes and scales with this."""
+        levels = np.array([matrix.level for matrix in matrices])
+        gains = [matrix.gains[level] if matrix.level > level else 1.0 for matrix in matrices]
+        return replace(
+            self,
+            zeros=(-((1 << np.minimum(levels, level)) - 1) / 2).astype(np.float32),
+            level=level,
+            dropped=np.maximum(levels - level, 0).astype(np.uint8),
+            gains=np.array(gains, np.float32),
+        )
+
     @property
     def free(self) -> np.ndarray:
         """bool [E]: whose scales move. Above 8 bits there is no error that one step would not exceed: they stay."""
@@ -95,22 +121,32 @@ class Stored:
             units += _stored(self.biases)[..., None]
         return unrotate(units.reshape(self.codes.shape), self.rotation)
 
-    def slopes(self, gradient: np.ndarray) -> list[np.ndarray]:
-        """The gradient [E, N, K] of a loss at the values -> that at the scales, and at the biases where there are any."""
+    def slopes(self, gradient: np.ndarray) -> dict[str, np.ndarray]:
+        """The gradient [E, N, K] of a loss at the values -> that at the scales, and at the biases and gains where there are
+        any."""
         grouped = rotate(gradient, self.rotation).reshape(*self.scales.shape, self.group_size)
-        found = [np.einsum("enkg,enkg->enk", grouped, self._units()) * self.free[:, None, None]]
-        return found if self.biases is None else [*found, grouped.sum(axis=-1)]
+        found = {"scales": np.einsum("enkg,enkg->enk", grouped, self._units()) * self.free[:, None, None]}
+        if self.biases is not None:
+            found["biases"] = grouped.sum(axis=-1)
+        if self.gains is not None and self.dropped is not None:
+            along = (found["scales"] * _stored(self.scales)).sum(axis=(1, 2)) / self.gains
+            found[f"gains-{self.level}"] = along * (self.dropped > 0)
+        return found
 
-    def parameters(self) -> list[np.ndarray]:
+    def parameters(self) -> dict[str, Parameter]:
         """The arrays that `slopes` are of, not copies."""
-        return [self.scales] if self.biases is None else [self.scales, self.biases]
-
-    def assign(self, parameters: Iterable[np.ndarray]) -> None:
-        for own, new in zip(self.parameters(), parameters, strict=True):
-            own[:] = new
+        unit = np.abs(self.scales)
+        found = {"scales": Parameter(self.scales, unit)}
+        if self.biases is not None:
+            found["biases"] = Parameter(self.biases, unit)
+        if self.gains is not None:
+            found[f"gains-{self.level}"] = Parameter(self.gains, np.abs(self.gains))
+        return found
 
     def repacked(self, expert: int, matrix: PackedMatrix) -> PackedMatrix:
-        """The stored matrix of an expert with the scales of now."""
+        """The stored matrix of an expert with the scales of now, and at a lower level with its gain of now."""
+        if self.gains is not None and self.level in matrix.gains:
+            return matrix._replace(gains=matrix.gains | {self.level: float(self.gains[expert])})
         return matrix._replace(scales=mx.array(self.scales[expert].astype(np.float16)))
 
     def recoded(self, coded: Affine) -> Affine:
@@ -121,7 +157,12 @@ class Stored:
 
     def _units(self) -> np.ndarray:
         """float32 [E, N, K/G, G]: what one unit of scale gives."""
-        units = self.codes.astype(np.float32) + self.zeros[:, None, None]
+        codes, each = self.codes, (slice(None), None, None)
+        if self.gains is None or self.dropped is None:
+            units = codes.astype(np.float32) + self.zeros[each]
+        else:
+            units = (codes >> self.dropped[each]).astype(np.float32) + self.zeros[each]
+            units *= (self.gains * (1 << self.dropped.astype(np.int32)))[each]
         return units.reshape(*self.scales.shape, self.group_size)
 
 
@@ -144,28 +185,52 @@ def weight_gradient(record: Record, num_experts: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class View(NamedTuple):
+    """One reading of a layer's matrices, by the path of their modules, and what its loss counts."""
+
+    weight: float
+    matrices: dict[str, Stored]
+
+
+Slopes = dict[str, np.ndarray]  # by the names of `parameters`
+
+
+def parameters(views: Sequence[View]) -> dict[str, Parameter]:
+    """Of all views, those that they share once: <path>/scales, <path>/biases, <path>/gains-<level>."""
+    return {
+        f"{path}/{name}": parameter
+        for view in views
+        for path, matrix in view.matrices.items()
+        for name, parameter in matrix.parameters().items()
+    }
+
+
+def slopes(view: View, records: dict[str, Record]) -> Slopes:
+    """Of a loss, by the gradients in the records of the view's modules."""
+    return {
+        f"{path}/{name}": slope
+        for path, matrix in view.matrices.items()
+        for name, slope in matrix.slopes(weight_gradient(records[path], len(matrix.codes))).items()
+    }
+
+
 class Descent:
-    """Adam (arXiv 1412.6980) over the scales of some modules, in shares of the scales that they started from, the rate
-    falling to zero over `steps`."""
+    """Adam (arXiv 1412.6980) over parameters in shares of their units, the rate falling to zero over `steps`."""
 
-    def __init__(self, stored: dict[str, Stored], steps: int, rate: float = RATE):
-        self._stored, self._steps, self._rate, self._done = stored, steps, rate, 0
-        self._unit = {path: np.abs(matrix.scales) for path, matrix in stored.items()}
-        self._means = {path: [np.zeros_like(a) for a in matrix.parameters()] for path, matrix in stored.items()}
-        self._squares = {path: [np.zeros_like(a) for a in matrix.parameters()] for path, matrix in stored.items()}
+    def __init__(self, parameters: dict[str, Parameter], steps: int, rate: float = RATE):
+        self._parameters, self._steps, self._rate, self._done = parameters, steps, rate, 0
+        self._means = {name: np.zeros_like(p.values) for name, p in parameters.items()}
+        self._squares = {name: np.zeros_like(p.values) for name, p in parameters.items()}
 
-    def step(self, records: dict[str, Record]) -> None:
-        """One step down the gradients in the records, which are by the path of the module."""
+    def step(self, slopes: Slopes) -> None:
+        """One step down the slopes."""
         self._done += 1
         rate = self._rate * max(0.0, 1 - (self._done - 1) / self._steps)
-        for path, matrix in self._stored.items():
-            slopes = matrix.slopes(weight_gradient(records[path], len(matrix.codes)))
-            unit = self._unit[path]
-            for i, (parameter, slope) in enumerate(zip(matrix.parameters(), slopes, strict=True)):
-                parameter -= rate * unit * self._direction(path, i, slope * unit)
+        for name, (values, unit) in self._parameters.items():
+            values -= rate * unit * self._direction(name, slopes[name] * unit)
 
-    def _direction(self, path: str, i: int, slope: np.ndarray) -> np.ndarray:
-        mean, square = self._means[path][i], self._squares[path][i]
+    def _direction(self, name: str, slope: np.ndarray) -> np.ndarray:
+        mean, square = self._means[name], self._squares[name]
         mean *= _DECAY
         mean += (1 - _DECAY) * slope
         square *= _SQUARE_DECAY
@@ -204,38 +269,40 @@ def share_windows(windows: int, tokens: int) -> Share | None:
 
 
 def refine(
-    stored: dict[str, Stored],
+    parameters: dict[str, Parameter],
     share: Share,
     loss: Callable[[np.ndarray], float],
-    gradients: Callable[[np.ndarray], dict[str, Record]],
+    slopes: Callable[[np.ndarray], Slopes],
     put: Callable[[], None],
     seed: int,
     epochs: int = EPOCHS,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> Outcome:
-    """Moves the scales of `stored` down the gradients, epoch by epoch, and leaves those of the least loss on the windows
-    held back. `loss` of some windows, the sum over tokens, and `gradients` of it are at the values that `put` has put into
-    the model last."""
+    """Moves parameters down the slopes, epoch by epoch, and leaves those of the least loss on the windows held back. `loss`
+    of some windows, the sum over tokens, and `slopes` of it are those of the values that `put` has put into the model
+    last."""
 
     def held_back() -> float:
         put()
         return sum(loss(rows) for rows in share.held_back)
 
-    descent = Descent(stored, epochs * len(share.steps))
+    def copied() -> dict[str, np.ndarray]:
+        return {name: parameter.values.copy() for name, parameter in parameters.items()}
+
+    descent = Descent(parameters, epochs * len(share.steps))
     before = least = held_back()
-    best = {path: [a.copy() for a in matrix.parameters()] for path, matrix in stored.items()}
+    best = copied()
     random = np.random.default_rng(seed)
     for _ in range(epochs):
         for i in random.permutation(len(share.steps)):
-            descent.step(gradients(share.steps[i]))
+            descent.step(slopes(share.steps[i]))
             put()
             progress(1)
         now = held_back()
         if now < least:
-            least = now
-            best = {path: [a.copy() for a in matrix.parameters()] for path, matrix in stored.items()}
-    for path, matrix in stored.items():
-        matrix.assign(best[path])
+            least, best = now, copied()
+    for name, parameter in parameters.items():
+        parameter.values[:] = best[name]
     put()
     return Outcome(before, least)
 
@@ -295,9 +362,10 @@ def layer_metric(walk: Walk, i: int) -> Metric:
 
 
 def polish_layer(
-    walk: Walk, i: int, kind: str, target: str, stored: dict[str, Stored], share: Share, seed: int
+    walk: Walk, i: int, kind: str, target: str, views: Sequence[View], share: Share, seed: int
 ) -> Outcome:
-    """Refines the matrices `stored`, by the path of their modules, of the loaded layer i, and leaves their values in it.
+    """Refines the matrices of the loaded layer i for the sum of the losses of `views`, and leaves the values of the first one
+    in it.
 
     The layer runs on the hidden states of `kind`; the outputs that it should give are the hidden states `target` behind it.
     """
@@ -306,20 +374,34 @@ def polish_layer(
     def wanted(rows: np.ndarray) -> mx.array:
         return walk.read(target, i + 1, rows).astype(mx.float32)
 
+    def in_turn() -> Iterator[View]:
+        for view in views:
+            if len(views) > 1:  # one alone is there already
+                _put(walk, view.matrices)
+            yield view
+
     def loss(rows: np.ndarray) -> float:
-        found = stream.run(i, walk.batch(rows), walk.read(kind, i, rows)).astype(mx.float32)
-        return metric.error(rows, np.array(found - wanted(rows)))[0]
+        total = 0.0
+        for view in in_turn():
+            found = stream.run(i, walk.batch(rows), walk.read(kind, i, rows)).astype(mx.float32)
+            total += view.weight * metric.error(rows, np.array(found - wanted(rows)))[0]
+        return total
 
-    def gradients(rows: np.ndarray) -> dict[str, Record]:
+    def down(rows: np.ndarray) -> Slopes:
         matrix, weights, aim = mx.array(metric.outputs), mx.array(metric.tokens[rows])[..., None], wanted(rows)
+        total: Slopes = {}
+        for view in in_turn():
 
-        def squared(output: mx.array) -> mx.array:
-            difference = output - aim
-            return (difference @ matrix * difference * weights).sum() / 2
+            def squared(output: mx.array, weight: float = view.weight) -> mx.array:
+                difference = output - aim
+                return weight * (difference @ matrix * difference * weights).sum() / 2
 
-        return stream.descend(i, walk.batch(rows), walk.read(kind, i, rows), squared, list(stored)).records
+            found = stream.descend(i, walk.batch(rows), walk.read(kind, i, rows), squared, list(view.matrices))
+            for name, slope in slopes(view, found.records).items():
+                total[name] = total[name] + slope if name in total else slope
+        return total
 
-    return refine(stored, share, loss, gradients, lambda: _put(walk, stored), seed)
+    return refine(parameters(views), share, loss, down, lambda: _put(walk, views[0].matrices), seed)
 
 
 def polish_model(
@@ -359,7 +441,9 @@ def polish_model(
         lost = divergence(aim, _logs(stream.logits(walk.batch(rows), forward(rows)[-1])))
         return float(np.array(lost).sum(dtype=np.float64))
 
-    def gradients(rows: np.ndarray) -> dict[str, Record]:
+    whole = View(1.0, stored)
+
+    def down(rows: np.ndarray) -> Slopes:
         tokens, hidden = walk.batch(rows), forward(rows)
         aim = wanted(rows)
         done = stream.conclude(tokens, hidden[last], lambda logits: divergence(aim, _logs(logits)).sum(), outside)
@@ -368,9 +452,9 @@ def polish_model(
             paths = [path for path in stored if path.startswith(f"{stream.path(i)}.")]
             done = stream.differentiate(i, tokens, hidden[i], done.gradient, paths)
             records |= done.records
-        return records
+        return slopes(whole, records)
 
-    return refine(stored, share, loss, gradients, lambda: _put(walk, stored), seed, progress=progress)
+    return refine(parameters([whole]), share, loss, down, lambda: _put(walk, stored), seed, progress=progress)
 
 
 def _logs(logits: mx.array) -> mx.array:

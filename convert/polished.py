@@ -16,7 +16,16 @@ from mlxmoe.convert.calibrated import affine_values
 from mlxmoe.convert.coded import CodedLayer
 from mlxmoe.convert.coding import coded_values
 from mlxmoe.convert.layers import Layers
-from mlxmoe.convert.polish import EPOCHS, Share, Stored, polish_factors, polish_layer, polish_model
+from mlxmoe.convert.polish import (
+    EPOCHS,
+    Share,
+    Stored,
+    View,
+    parameters,
+    polish_factors,
+    polish_layer,
+    polish_model,
+)
 from mlxmoe.plan import LayerPlan, Plan
 from mlxmoe.rotation import Rotation
 from mlxmoe.work import save_arrays
@@ -29,7 +38,10 @@ def refine_layer(
     walk, stored = layers.walk, _stored(layers, i, planned, coded)
     if layers.config.polish == "layer":
         if share is not None:
-            polish_layer(walk, i, kind, "hidden", stored, share, (layers.config.seed << 32) + i)
+            views = coded.views(stored, planned, layers.calibration.mu)
+            polish_layer(walk, i, kind, "hidden", views, share, (layers.config.seed << 32) + i)
+            for view in views[1:]:
+                coded.take(view.matrices, planned)
     elif planned is not None:
         path = layers.projections(i)[-1]
         polish_factors(walk, i, kind, "hidden", planned.path, stored[path])
@@ -56,9 +68,8 @@ def refine_model(layers: Layers, plan: Plan, share: Share) -> str:
         layers.stream.replace(coded_values(layers, -1, plan).items())
         with layers.bar("polish", EPOCHS * len(share.steps), unit="steps") as step:
             outcome = polish_model(walk, stored, fixed, share, layers.config.seed, step)
-    kept = {f"{path}/scales": matrix.scales for path, matrix in stored.items()}
-    kept |= {f"{path}/biases": matrix.biases for path, matrix in stored.items() if matrix.biases is not None}
-    save_arrays(polished_path(layers), {name: values.astype(np.float16) for name, values in kept.items()})
+    kept = parameters([View(1.0, stored)])
+    save_arrays(polished_path(layers), {name: parameter.values.astype(np.float16) for name, parameter in kept.items()})
     tokens = sum(map(len, share.held_back)) * walk.tokens.shape[1]
     return (
         f"polish: KL divergence on the calibration text held back {outcome.before / tokens:.4g} -> "
@@ -81,8 +92,8 @@ def read_layer(layers: Layers, i: int, planned: LayerPlan | None = None) -> Code
     if polished_path(layers).is_file():
         stored = _stored(layers, i, planned, coded)
         with np.load(polished_path(layers)) as polished:
-            for path, matrix in stored.items():
-                matrix.assign(polished[f"{path}/{field}"] for field in ("scales", "biases")[: len(matrix.parameters())])
+            for name, parameter in parameters([View(1.0, stored)]).items():
+                parameter.values[:] = polished[name]
         coded.take(stored, planned)
     return coded
 

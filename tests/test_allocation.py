@@ -61,9 +61,9 @@ def measurements(source: Source, seed: int = 0) -> Losses:
     return Losses(layers, TrunkErrors(np.full(len(trunk), 0.05), errors, np.full(len(trunk), 0.05)))
 
 
-def job(folder: Path, how: Allocation) -> Job:
-    calibration = Calibration(str(folder / "text.txt"), "0" * 64, tokens=512)
-    config = ConvertConfig(SIZE, expert_levels=LEVELS, calibration=calibration, allocation=how)
+def job(folder: Path, how: Allocation, size: int = SIZE, mu: float = 0.0) -> Job:
+    calibration = Calibration(str(folder / "text.txt"), "0" * 64, tokens=512, mu=mu)
+    config = ConvertConfig(size, expert_levels=LEVELS, calibration=calibration, allocation=how)
     return Job(folder / "source", folder / "out", config, quiet=True)
 
 
@@ -72,8 +72,8 @@ def measured(folder: Path) -> Losses:
     return measurements(job(folder, Allocation()).source)
 
 
-def decide(folder: Path, measured: Losses, how: Allocation) -> Decision:
-    return job(folder, how)._allocator(measured).decide()
+def decide(folder: Path, measured: Losses, how: Allocation, size: int = SIZE, mu: float = 0.0) -> Decision:
+    return job(folder, how, size, mu)._allocator(measured).decide()
 
 
 def levels(decision: Decision) -> np.ndarray:
@@ -90,6 +90,24 @@ def test_measured_is_best_by_the_loss(folder: Path, measured: Losses) -> None:
         assert 0.985 * SIZE < other.nbytes <= SIZE, name
         assert other.plan.expected_loss > 1.1 * best.plan.expected_loss, name
         assert len(np.unique(levels(other))) > 1, name
+
+
+def test_a_nested_file_has_the_trunk_of_a_smaller_one(folder: Path, measured: Losses) -> None:
+    """Of one half way between the smallest and its own size, where the trunk costs as much as the experts do."""
+    trunk = measured.trunk
+    dear = measured._replace(trunk=trunk._replace(errors=100 * trunk.errors, weights=100 * trunk.norms))
+    allocator = job(folder, Allocation())._allocator(dear)
+    least = allocator._smallest(allocator._lowered()).nbytes
+    nested, alone, half = (
+        decide(folder, dear, Allocation(), size, mu)
+        for size, mu in ((SIZE, 1.0), (SIZE, 0.0), ((least + SIZE) // 2, 0.0))
+    )
+    assert 0.985 * SIZE < nested.nbytes <= SIZE
+    widths = [np.array([entry.bits for entry in d.plan.trunk.values()]) for d in (nested, alone, half)]
+    assert np.abs(widths[0] - widths[2]).max() <= 1, "what one step more or less leaves over"
+    assert abs(widths[0].mean() - widths[2].mean()) < 0.25
+    assert widths[0].mean() < widths[1].mean() - 0.5
+    assert levels(nested).mean() > levels(alone).mean()
 
 
 def test_even_levels(folder: Path, measured: Losses) -> None:

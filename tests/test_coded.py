@@ -23,7 +23,7 @@ from toy_text import write_words
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.coded import CodedLayer
-from mlxmoe.convert.polish import Outcome, Stored
+from mlxmoe.convert.polish import Outcome, Stored, View, parameters
 from mlxmoe.convert.quantize import affine_search
 from mlxmoe.convert.route import TEMPERATURE
 from mlxmoe.convert.source import Source
@@ -67,14 +67,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stretch(walk: Walk, *arguments: Any) -> Outcome:
     """In the place of what refines scales: all of them by 1 %, in the model as well."""
-    (stored,) = (
-        given for given in arguments if isinstance(given, dict) and any(isinstance(v, Stored) for v in given.values())
-    )
-    for path, matrix in stored.items():
-        for parameter in matrix.parameters():
-            parameter *= np.float32(1.01)
-        walk.stream.replace([(f"{path}.weight", matrix.values())])
+    whole = [View(1.0, given) for given in arguments if isinstance(given, dict) and _has_matrices(given)]
+    views = whole or next(given for given in arguments if isinstance(given, list) and isinstance(given[0], View))
+    for parameter in parameters(views).values():
+        parameter.values[:] *= np.float32(1.01)
+    walk.stream.replace((f"{path}.weight", matrix.values()) for path, matrix in views[0].matrices.items())
     return Outcome(1.0, 0.9)
+
+
+def _has_matrices(given: dict[str, Any]) -> bool:
+    return any(isinstance(value, Stored) for value in given.values())
 
 
 ASKED = {
@@ -82,6 +84,8 @@ ASKED = {
     "factors": ["--polish", "factors"],
     "layer": ["--polish", "layer", "--router", "temperature"],
     "model": ["--polish", "model", "--router", "topk-mse"],
+    "nested": ["--polish", "none", "--nested", "1"],
+    "nested layer": ["--polish", "layer", "--nested", "1"],
 }
 
 
@@ -143,9 +147,26 @@ def test_scales_move_and_sizes_do_not(name: str, outputs: dict[str, Path]) -> No
                 np.testing.assert_allclose(ratio, 1.01, rtol=1e-3)
 
 
+def test_gains_move_where_lower_levels_count(outputs: dict[str, Path]) -> None:
+    """With --nested they are refined together with the scales; without it nobody asks."""
+    before, after = load_plan(outputs["nested"]), load_plan(outputs["nested layer"])
+    assert {level for entry in before.layers[0].experts for level in entry.levels} == {2, 4}
+    for old, new in zip(before.layers[0].experts, after.layers[0].experts, strict=True):
+        assert old.levels == new.levels
+        for level, was, now in zip(old.levels, old.gains, new.gains, strict=True):
+            assert len(was) == len(now) == (2 if level == 4 else 0)
+            np.testing.assert_allclose(now, np.array(was) * 1.01, rtol=5e-4)
+    alone = [load_plan(outputs[name]).layers[0].experts for name in ("none", "layer")]
+    assert [entry.gains for entry in alone[0]] == [entry.gains for entry in alone[1]]
+
+
 def test_the_trunk_is_refined_as_well(outputs: dict[str, Path]) -> None:
     """But for the embedding, which has no gradient here."""
-    found = [stored_tensors(outputs[name]) for name in ("none", "layer", "model")]
+    _by_one_percent([stored_tensors(outputs[name]) for name in ("none", "layer", "model")])
+    _by_one_percent([stored_tensors(outputs[name]) for name in ("nested", "nested layer")])
+
+
+def _by_one_percent(found: list[dict[str, mx.array]]) -> None:
     for name, array in found[0].items():
         stored = name.rpartition(".")[2]
         if stored not in ("scales", "biases") or (".layers.0." not in name and "embed" not in name):
@@ -197,7 +218,8 @@ def test_a_bias_falls_by_the_degradation(text: Path, tmp_path: Path) -> None:
     ("more", "expected"),
     [
         (["--router", "bias"], "has no bias to change"),
-        (["--polish", "layer", "--nested", "1"], "--polish layer refines the level that is written"),
+        (["--polish", "model", "--nested", "1"], "--polish model refines the level that is written"),
+        (["--polish", "factors", "--nested", "1"], "--polish factors refines the level that is written"),
     ],
 )
 def test_what_does_not_go_is_refused(

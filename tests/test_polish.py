@@ -18,15 +18,20 @@ from mlxmoe.convert.polish import (
     Metric,
     Normal,
     Share,
+    Slopes,
     Stored,
+    View,
     fit_factors,
+    layer_metric,
     measure_metric,
     normal_equations,
+    parameters,
     polish_factors,
     polish_layer,
     polish_model,
     refine,
     share_windows,
+    slopes,
     weight_gradient,
 )
 from mlxmoe.convert.quantize import affine_search
@@ -34,16 +39,20 @@ from mlxmoe.convert.source import Source
 from mlxmoe.convert.stream import LayerStream, Record
 from mlxmoe.convert.walk import Walk
 from mlxmoe.convert.write import pack_matrix
-from mlxmoe.formats import MatrixShape, dequantize_codes, join_planes, unpack_codes
+from mlxmoe.formats import MatrixShape, PackedMatrix, dequantize_codes, join_planes, level_scale, unpack_codes
 from mlxmoe.rotation import IDENTITY, plain_rotation, rotate
 
 
 def experts(levels: tuple[int, ...] = (2, 3), rotation: str = "none", seed: int = 0) -> tuple[np.ndarray, Stored]:
     """float32 [E, 8, 64], and what is stored of it behind a rotation."""
+    weights, packed = packed_experts(levels, rotation, seed)
+    return weights, Stored.experts(packed, plain_rotation(rotation, 64))
+
+
+def packed_experts(levels: tuple[int, ...], rotation: str, seed: int = 0) -> tuple[np.ndarray, list[PackedMatrix]]:
     weights = np.random.RandomState(seed).standard_normal((len(levels), 8, 64)).astype(np.float32)
     shape, turn = MatrixShape("up_proj", 8, 64, 32), plain_rotation(rotation, 64)
-    packed = [pack_matrix(rotate(w, turn), shape, level).matrix for w, level in zip(weights, levels, strict=True)]
-    return weights, Stored.experts(packed, turn)
+    return weights, [pack_matrix(rotate(w, turn), shape, n).matrix for w, n in zip(weights, levels, strict=True)]
 
 
 def trunk(seed: int = 0, bits: int = 3) -> tuple[np.ndarray, Stored]:
@@ -54,17 +63,43 @@ def trunk(seed: int = 0, bits: int = 3) -> tuple[np.ndarray, Stored]:
 # Stored matrices ------------------------------------------------------------------------------------------------------
 
 
+def values_of(packed: PackedMatrix, level: int) -> np.ndarray:
+    """float32 [8, 64]: what a stored matrix stands for at a level, by the definition of the format."""
+    planes = [unpack_codes(words, width, 64) for words, width in zip(packed.planes, (2, 1, 1, 2), strict=False)]
+    count = (2, 3, 4, 6).index(level) + 1
+    factor = level_scale(packed.level, level, packed.gains.get(level, 1.0))
+    return np.array(dequantize_codes(join_planes(planes[:count]), packed.scales.astype(mx.float32) * factor, level))
+
+
 @pytest.mark.parametrize("rotation", ["none", "block-hadamard-64"])
 def test_values_are_those_of_the_format(rotation: str) -> None:
     shape, turn = MatrixShape("up_proj", 8, 64, 32), plain_rotation(rotation, 64, seed=3)
     weight = np.random.RandomState(1).standard_normal((8, 64)).astype(np.float32)
     packed = pack_matrix(weight, shape, 4).matrix
-    planes = [unpack_codes(words, width, 64) for words, width in zip(packed.planes, (2, 1, 1), strict=True)]
-    wanted = np.array(dequantize_codes(join_planes(planes), packed.scales, 4))
+    wanted = values_of(packed, 4)
     stored = Stored.experts([packed], turn)
     np.testing.assert_allclose(rotate(stored.values()[0], turn), wanted, atol=1e-6)
     again = stored.repacked(0, packed)
     assert (np.array(again.scales) == np.array(packed.scales)).all()
+
+
+@pytest.mark.parametrize("rotation", ["none", "block-hadamard-64"])
+@pytest.mark.parametrize("level", [2, 3, 4])
+def test_values_at_a_lower_level_are_those_of_the_format(level: int, rotation: str) -> None:
+    """Of experts that are written at 4 and 3 bits: those that have no more than the level stay as they are."""
+    _, packed = packed_experts((4, 3, 6), rotation)
+    whole, turn = Stored.experts(packed, plain_rotation(rotation, 64)), plain_rotation(rotation, 64)
+    lowered = whole.lowered(packed, level)
+    for matrix, found in zip(packed, lowered.values(), strict=True):
+        np.testing.assert_allclose(rotate(found, turn), values_of(matrix, min(level, matrix.level)), atol=2e-6)
+    assert lowered.scales is whole.scales, "the scales are those of every level"
+    assert lowered.codes is whole.codes
+    lowered.gains *= np.array([0.9, 0.8, 0.7], np.float32)  # type: ignore[operator]
+    again = [lowered.repacked(e, matrix) for e, matrix in enumerate(packed)]
+    for before, after, factor in zip(packed, again, (0.9, 0.8, 0.7), strict=True):
+        assert after.gains.keys() == before.gains.keys()
+        moved = {n: after.gains[n] / gain for n, gain in before.gains.items() if after.gains[n] != gain}
+        assert moved == ({level: pytest.approx(factor)} if before.level > level else {})
 
 
 def test_scales_above_8_bits_have_no_slope() -> None:
@@ -72,9 +107,9 @@ def test_scales_above_8_bits_have_no_slope() -> None:
     weights, stored = experts((2, 16, 8))
     np.testing.assert_allclose(stored.values()[1], weights[1], atol=1e-4)
     assert list(stored.free) == [True, False, True]
-    (slopes,) = stored.slopes(np.ones_like(weights) * np.sign(stored.values()))
-    assert [bool((of_expert != 0).all()) for of_expert in slopes] == [True, False, True]
-    assert not slopes[1].any()
+    found = stored.slopes(np.ones_like(weights) * np.sign(stored.values()))["scales"]
+    assert [bool((of_expert != 0).all()) for of_expert in found] == [True, False, True]
+    assert not found[1].any()
 
 
 def test_factors_of_some_are_the_least_squares_with_the_others_at_1() -> None:
@@ -98,21 +133,38 @@ def test_an_affine_matrix_keeps_its_codes() -> None:
     assert (again.biases == coded.biases).all()
 
 
-@pytest.mark.parametrize("kind", ["experts", "rotated", "trunk"])
+@pytest.mark.parametrize("kind", ["experts", "rotated", "lowered", "trunk"])
 def test_slopes_are_differences_of_the_loss(kind: str) -> None:
-    """loss = sum of target * values is linear: its change is the slope times the change of a scale or bias, exactly. Scales
-    move by steps that float16 holds."""
-    _, stored = trunk() if kind == "trunk" else experts(rotation="block-hadamard-64" if kind == "rotated" else "none")
-    for parameter in stored.parameters():
-        parameter[:] = np.round(parameter * 64) / 64 + 1 / 64
+    """loss = sum of target * values is linear: its change is the slope times the change of a scale, bias or gain, exactly.
+    Scales move by steps that float16 holds."""
+    if kind == "lowered":
+        _, packed = packed_experts((4, 3), "block-hadamard-64")
+        stored = Stored.experts(packed, plain_rotation("block-hadamard-64", 64)).lowered(packed, 2)
+    else:
+        _, stored = (
+            trunk() if kind == "trunk" else experts(rotation="block-hadamard-64" if kind == "rotated" else "none")
+        )
+    for parameter in stored.parameters().values():
+        parameter.values[:] = np.round(parameter.values * 64) / 64 + 1 / 64
     target = np.random.RandomState(5).standard_normal(stored.codes.shape).astype(np.float32)
-    slopes = stored.slopes(target)
-    assert len(slopes) == (2 if kind == "trunk" else 1)
-    for parameter, slope in zip(stored.parameters(), slopes, strict=True):
-        for index in [(0, 0, 0), (-1, 5, 1)]:
+    found = stored.slopes(target)
+    more = {"trunk": ["biases"], "lowered": ["gains-2"]}.get(kind, [])
+    assert list(found) == list(stored.parameters()) == ["scales", *more]
+    for name, parameter in stored.parameters().items():
+        for index in [(0, 0, 0), (-1, 5, 1)] if parameter.values.ndim == 3 else [0, 1]:
             before = np.vdot(target, stored.values())
-            parameter[index] += 1 / 16
-            assert (np.vdot(target, stored.values()) - before) * 16 == pytest.approx(slope[index], rel=1e-3, abs=1e-3)
+            parameter.values[index] += 1 / 16
+            slope = found[name][index]
+            assert (np.vdot(target, stored.values()) - before) * 16 == pytest.approx(slope, rel=1e-3, abs=2e-3)
+            parameter.values[index] -= 1 / 16
+
+
+def test_the_gain_of_what_is_not_lowered_stays() -> None:
+    """An expert of 2 bits beside one of 4, read at 3."""
+    weights, packed = packed_experts((2, 4), "none")
+    found = Stored.experts(packed, IDENTITY).lowered(packed, 3).slopes(weights)["gains-3"]
+    assert found[0] == 0
+    assert found[1] != 0
 
 
 def test_weight_gradients_of_every_expert() -> None:
@@ -173,10 +225,11 @@ def test_descent_finds_least_squares() -> None:
     def loss() -> float:
         return float(np.square(flat @ stored.values()[0].T - wanted).sum()) / 2
 
-    start, descent = loss(), Descent({"m": stored}, steps=600, rate=0.02)
+    whole = View(1.0, {"m": stored})
+    start, descent = loss(), Descent(parameters([whole]), steps=600, rate=0.02)
     for _ in range(600):
         rest = flat @ stored.values()[0].T - wanted
-        descent.step({"m": Record(flat, rest, None, rest)})
+        descent.step(slopes(whole, {"m": Record(flat, rest, None, rest)}))
     assert loss() < 1.01 * least() < 0.95 * start
 
 
@@ -184,14 +237,16 @@ def test_descent_finds_least_squares() -> None:
 def test_the_loss_on_what_is_held_back_never_rises(direction: float) -> None:
     """Whatever the gradients are: with the sign turned the start is kept, bit for bit."""
     stored, inputs, target = regression()
-    before = [a.copy() for a in stored.parameters()]
+    whole = View(1.0, {"m": stored})
+    moved = parameters([whole])
+    before = {name: parameter.values.copy() for name, parameter in moved.items()}
     current = {"values": stored.values()[0]}
 
     def rest(rows: np.ndarray) -> np.ndarray:
         return (inputs[rows] @ current["values"].T - target[rows]).reshape(-1, 8)
 
-    def gradients(rows: np.ndarray) -> dict[str, Record]:
-        return {"m": Record(inputs[rows].reshape(-1, 64), direction * rest(rows), None, rest(rows))}
+    def down(rows: np.ndarray) -> Slopes:
+        return slopes(whole, {"m": Record(inputs[rows].reshape(-1, 64), direction * rest(rows), None, rest(rows))})
 
     def loss(rows: np.ndarray) -> float:
         return float(np.square(rest(rows)).sum())
@@ -200,13 +255,13 @@ def test_the_loss_on_what_is_held_back_never_rises(direction: float) -> None:
         current["values"] = stored.values()[0]
 
     share = Share([np.arange(i, i + 2) for i in range(0, 12, 2)], [np.arange(12, 16)])
-    outcome = refine({"m": stored}, share, loss, gradients, put, seed=0)
+    outcome = refine(moved, share, loss, down, put, seed=0)
     assert loss(np.arange(12, 16)) == pytest.approx(outcome.after, rel=1e-6)
     if direction > 0:
         assert outcome.after < 0.9 * outcome.before
     else:
         assert outcome.after == outcome.before
-        assert all((a == b).all() for a, b in zip(stored.parameters(), before, strict=True))
+        assert all((parameter.values == before[name]).all() for name, parameter in moved.items())
 
 
 # What outputs are worth -----------------------------------------------------------------------------------------------
@@ -284,9 +339,10 @@ class Opened:
         share = share_windows(*tokens.shape)
         assert share is not None
         self.share = Share(np.array_split(np.concatenate(share.steps), 4), share.held_back)
+        self.packed: dict[str, list[PackedMatrix]] = {}  # of the experts that were coded last
 
-    def coded(self, i: int) -> dict[str, Stored]:
-        """Of a loaded layer, or (behind the last) the head."""
+    def coded(self, i: int, level: int = 2) -> dict[str, Stored]:
+        """Of a loaded layer, or (behind the last) the head; experts at a level."""
         found = {}
         inside = [t for t in self.source.trunk if t.tensor_class and t.name.startswith(self.stream.path(i) + ".")]
         for tensor in inside if i < self.last else [t for t in self.source.trunk if t.tensor_class == "head"]:
@@ -295,7 +351,8 @@ class Opened:
         site = self.source.sites[i] if i < self.last else None
         for shape in self.source.shapes[site.path] if site else ():
             stack = self.stream.weight(f"{site.path}.{shape.name}.weight")  # type: ignore[union-attr]
-            packed = [pack_matrix(weight, shape, 2).matrix for weight in stack]
+            packed = [pack_matrix(weight, shape, level).matrix for weight in stack]
+            self.packed[f"{site.path}.{shape.name}"] = packed  # type: ignore[union-attr]
             found[f"{site.path}.{shape.name}"] = Stored.experts(packed, IDENTITY)  # type: ignore[union-attr]
         return found
 
@@ -308,11 +365,44 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 def test_a_layer_comes_nearer_to_the_original(opened: Opened) -> None:
     with opened.stream.loaded(0):
         stored = opened.coded(0)
-        outcome = polish_layer(opened.walk, 0, "hidden", "hidden", stored, opened.share, seed=0)
+        outcome = polish_layer(opened.walk, 0, "hidden", "hidden", [View(1.0, stored)], opened.share, seed=0)
         assert outcome.after < 0.98 * outcome.before
         for path, matrix in stored.items():  # what is in the model is what is stored
             found = opened.stream.weight(f"{path}.weight")
             np.testing.assert_array_equal(found.reshape(matrix.codes.shape), matrix.values())
+
+
+def test_a_layer_comes_nearer_at_every_level_that_counts(opened: Opened) -> None:
+    """Experts of 3 bits, read at 2 as well. What is counted falls; what is in the model at the end is what is written, and a
+    reading that counts nothing gets less than one that does."""
+
+    def losses(weight: float) -> list[float]:
+        with opened.stream.loaded(0):
+            stored = opened.coded(0, 3)
+            lowered = {p: m.lowered(opened.packed[p], 2) if p in opened.packed else m for p, m in stored.items()}
+            views = [View(1.0, stored), View(weight, lowered)]
+            outcome = polish_layer(opened.walk, 0, "hidden", "hidden", views, opened.share, seed=0)
+            assert outcome.after < 0.98 * outcome.before
+            for path, matrix in stored.items():
+                found = opened.stream.weight(f"{path}.weight")
+                np.testing.assert_array_equal(found.reshape(matrix.codes.shape), matrix.values())
+            return [_loss(opened, view) for view in views]
+
+    (full, _), (compromise, low) = losses(0.0), losses(4.0)
+    assert full < compromise
+    with opened.stream.loaded(0):
+        stored = opened.coded(0, 3)
+        start = {p: m.lowered(opened.packed[p], 2) if p in opened.packed else m for p, m in stored.items()}
+        assert low < 0.98 * _loss(opened, View(1.0, start))
+
+
+def _loss(opened: Opened, view: View) -> float:
+    """The mean square of what layer 0 gives away, by the original's hidden states."""
+    opened.stream.replace((f"{path}.weight", matrix.values()) for path, matrix in view.matrices.items())
+    rows = np.concatenate(opened.share.held_back)
+    found = opened.stream.run(0, opened.walk.batch(rows), opened.walk.read("hidden", 0, rows)).astype(mx.float32)
+    difference = np.array(found - opened.walk.read("hidden", 1, rows).astype(mx.float32))
+    return layer_metric(opened.walk, 0).error(rows, difference)[0]
 
 
 def test_one_factor_for_every_expert(opened: Opened) -> None:
