@@ -29,11 +29,12 @@ from tqdm import tqdm
 from mlxmoe import __version__
 from mlxmoe.arguments import note, print_json
 from mlxmoe.bench.arguments import add_study_arguments
-from mlxmoe.bench.simulate import COMBINATIONS, Recipe, Score, Simulation, Site, Variant, agreement, progressing
+from mlxmoe.bench.simulate import Recipe, Score, Simulation, Site, Variant, agreement, progressing
 from mlxmoe.bench.stats import identity
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.cli import main
 from mlxmoe.convert.calibrate import file_sha256
+from mlxmoe.convert.config import COMBINED_BY
 from mlxmoe.convert.gptq import output_errors
 from mlxmoe.convert.replicas import (
     BUDGET,
@@ -508,7 +509,7 @@ def table_ensembles(bench: Bench) -> Table:
     rotation = turned(bench)
     two, three = all_copies(simulation, 2), all_copies(simulation, 3)
     clipped, fed = Recipe(rotation=rotation, clip=True), Recipe(rotation=rotation, feedback=True)
-    ways = [Variant(f"2 copies of 2 bit, {way}", clipped, copies=two, combine=way) for way in COMBINATIONS]
+    ways = [Variant(f"2 copies of 2 bit, {way}", clipped, copies=two, combine=way) for way in COMBINED_BY]
     variants = [
         Variant("1 copy of 2 bit", clipped),
         *ways,
@@ -523,7 +524,7 @@ def table_ensembles(bench: Bench) -> Table:
     single, mean, four = found["1 copy of 2 bit"], found[ways[0].name], found["1 copy of 4 bit"]
     best = min((found[way.name] for way in ways), key=lambda score: score.kld)
     fed_pair, fed_four = found["2 copies of 2 bit, GPTQ"], found["1 copy of 4 bit, GPTQ"]
-    way = dict(zip(COMBINATIONS, (found[v.name] for v in ways), strict=True))
+    way = dict(zip(COMBINED_BY, (found[v.name] for v in ways), strict=True))
     claims = [
         falls("two copies are better than one", single, mean),
         falls("weights by variance are better than the mean", mean, way["variance"]),

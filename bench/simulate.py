@@ -28,17 +28,18 @@ from mlx.utils import tree_unflatten
 
 from mlxmoe.checkpoint import open_checkpoint
 from mlxmoe.convert.awq import Projection, degree, scaled_columns, search_scales
+from mlxmoe.convert.config import COMBINED_BY
 from mlxmoe.convert.domains import Windows, read_domains
 from mlxmoe.convert.domains import choose_windows as choose_by_domain
 from mlxmoe.convert.gptq import curvature, decoded, output_errors, quantize, symmetric_code
 from mlxmoe.convert.quantize import WIDTHS, affine_search, clip_search, output_clip_search
 from mlxmoe.convert.replicas import (
-    Selector,
     copy_settings,
-    fit_selector,
+    error_lines,
     learned_weights,
     mean_weights,
     runtime_weights,
+    usual_norm,
     variance_weights,
 )
 from mlxmoe.convert.rotate import adaptive, make_rotation
@@ -46,14 +47,15 @@ from mlxmoe.convert.scores import HUGE
 from mlxmoe.convert.source import PROJECTIONS, Source, TrunkTensor
 from mlxmoe.convert.stats import Accumulator, Moments
 from mlxmoe.convert.stream import LayerStream, Record
+from mlxmoe.copies import Copies, Selector, combined
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import EvalConfig, Text, choose_windows, evaluate, remembered
 from mlxmoe.formats import GROUP_SIZES, NARROW_LEVELS, MatrixShape, choose_group_size
 from mlxmoe.gates import gate_scores
 from mlxmoe.loading import open_model
+from mlxmoe.plan import SELECTIVE
 from mlxmoe.rotation import GAMMAS, NAMES, Rotation, fits, rotate, rotate_moments, unrotate
 
-COMBINATIONS = ("mean", "variance", "learned", "selective")
 _SAMPLE = 1024  # inputs kept of every matrix, for fitted rotations and combining weights
 _PER_EXPERT = 64  # of them used for the combining weights of one expert
 _OFFSETS = (0.0, 0.25, 0.5, -0.25)  # of the grid, in steps: two bits a group
@@ -154,7 +156,7 @@ class Variant:
     """What is stored of a model's experts.
 
     copies and bits: by path of the site, int [E]; absent: one copy, the recipe's bits. A further copy takes the next of
-    `extra` in place of the recipe, seeds apart. combine: one of COMBINATIONS; "learned" with one copy is a gain for every
+    `extra` in place of the recipe, seeds apart. combine: one of COMBINED_BY; "learned" with one copy is a gain for every
     expert. conservative: equal weights where the chapter's rule asks for it (replicas.py), by the inputs of the calibration
     text. layers: None for all; others stay as they are. experts False: no expert is touched. router_bits: of the router's
     matrix, affine, groups of 64.
@@ -172,11 +174,9 @@ class Variant:
     router_bits: int | None = None
 
     def __post_init__(self) -> None:
-        _one_of("combine", self.combine, COMBINATIONS)
+        _one_of("combine", self.combine, COMBINED_BY)
         if self.router_bits is not None:
             _one_of("router_bits", self.router_bits, WIDTHS)
-        if self.conservative and self.combine == "selective":
-            raise UserError("conservative and combine = 'selective' do not go together", "leave one of them out")
 
     def recipes(self, count: int) -> list[Recipe]:
         """One for each of `count` copies."""
@@ -310,38 +310,21 @@ class QuantizedInput(nn.Module):
         return self.inner(back, *args, **kwargs)
 
 
-class Copies(nn.Module):
-    """In the place of an expert module: a weighted sum of its copies' outputs, weights [C, E], or with a selector the
-    output of the copy that it picks by log |x| among those of nonzero weight."""
+class Ensemble(nn.Module):
+    """In the place of an expert module: its copies, whose outputs are combined as the runtime does it (copies.py), by
+    weights [C, E] or a selector."""
 
     def __init__(self, copies: Sequence[nn.Module], weights: np.ndarray, selector: Selector | None):
         super().__init__()
         self.copies = list(copies)
-        self._weights = mx.array(weights.astype(np.float32))
-        self._selector = None if selector is None else mx.array(selector.coefficients.astype(np.float32))
+        self._how = Copies(weights=mx.array(weights.astype(np.float32)), selector=selector)
 
     def __call__(self, x: mx.array, *indices: mx.array) -> mx.array:
-        weights = self._weights[:, indices[0]] if indices else mx.broadcast_to(self._weights, (len(self.copies), 1))
-        if self._selector is not None:
-            weights = self._picked(x, weights)
-        if not indices:
-            weights = weights[..., 0]
-        total = None
-        for part, weight in zip(self.copies, weights, strict=True):
-            y = part(x, *indices) * weight[..., None]
-            total = y if total is None else total + y
-        assert total is not None
-        return total
-
-    def _picked(self, x: mx.array, weights: mx.array) -> mx.array:
-        """weights [C, ..., A] or [C, 1] -> 1 for the copy of least predicted error, [C, ..., A]."""
-        assert self._selector is not None
-        norm = mx.log(mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) + 1e-30)
-        predicted = mx.moveaxis(norm * self._selector[0] + self._selector[1], -1, 0)[..., None]  # [C, ..., 1]
-        weights = weights.reshape(weights.shape[0], *[1] * (predicted.ndim - weights.ndim), *weights.shape[1:])
-        predicted = mx.where(weights > 0, predicted, mx.inf)
-        best = mx.argmin(predicted, axis=0)
-        return (mx.arange(len(self.copies)).reshape(-1, *[1] * best.ndim) == best).astype(mx.float32)
+        outputs = [part(x, *indices) for part in self.copies]
+        log_norms = self._how.log_norms(x)
+        if not indices:  # a shared expert
+            return combined(outputs, self._how, mx.zeros(x.shape[:-1], mx.uint32), log_norms)
+        return combined(outputs, self._how, indices[0], None if log_norms is None else log_norms[..., None])
 
 
 class _Watcher(nn.Module):
@@ -590,8 +573,8 @@ class Simulation:
             if variant.conservative:
                 found = runtime_weights(found, np.linalg.norm(self._inputs_of(site, e), axis=1), known_domain=True)
             weights[:count, e] = found
-        selector = self._selector(site, copies) if variant.combine == "selective" else None
-        return Copies(copies, weights, selector)
+        selector = self._selector(site, copies, variant.conservative) if variant.combine == SELECTIVE else None
+        return Ensemble(copies, weights, selector)
 
     def _weights(
         self, site: Site, combine: str, copies: Sequence[nn.Module], errors: np.ndarray, expert: int
@@ -615,15 +598,17 @@ class Simulation:
         statistics, first = self.statistics[site.path], site.shapes[0].name
         return statistics.inputs[first][statistics.experts[first] == expert][:_PER_EXPERT]
 
-    def _selector(self, site: Site, copies: Sequence[nn.Module]) -> Selector:
-        features, errors = [], []
+    def _selector(self, site: Site, copies: Sequence[nn.Module], careful: bool) -> Selector:
+        """One for all experts of the site; careful: with the conservative mode."""
+        norms, errors = [], []
         for expert in range(site.num_experts):
-            x = self._inputs_of(site, expert)
-            if len(x):
+            norms.append(np.linalg.norm(self._inputs_of(site, expert), axis=1))
+            if len(norms[-1]):
                 outputs, target = self._outputs(site, copies, expert)
-                features.append(np.log(np.linalg.norm(x, axis=1, keepdims=True) + 1e-30))
                 errors.append(np.square(outputs - target).sum(axis=2))
-        return fit_selector(np.concatenate(features), np.concatenate(errors, axis=1))
+        lines = error_lines(np.concatenate(norms), np.concatenate(errors, axis=1))[..., None]
+        slopes, intercepts = mx.array(np.repeat(lines, site.num_experts, axis=2).astype(np.float32))
+        return Selector(slopes, intercepts, mx.log(mx.array(list(map(usual_norm, norms)))) if careful else None)
 
     # -- sizes -----------------------------------------------------------------------------------------------------------
 

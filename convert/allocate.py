@@ -24,7 +24,7 @@ from mlxmoe.convert.source import Source, TrunkTensor
 from mlxmoe.convert.strategies import by_benefit, by_score, tie, untie
 from mlxmoe.errors import UserError
 from mlxmoe.formats import ABSENT, MatrixShape, num_planes, words_per_row
-from mlxmoe.plan import ExpertEntry, FileEntry, LayerPlan, Plan, Replicas, TrunkEntry
+from mlxmoe.plan import SELECTIVE, ExpertEntry, FileEntry, LayerPlan, Plan, Replicas, Selection, TrunkEntry
 from mlxmoe.rotation import LayerRotations
 from mlxmoe.store import encode_header, layer_file_nbytes, layer_records, rotation_matrices
 from mlxmoe.units import format_size
@@ -368,8 +368,18 @@ class Allocator:
             for shape in layer.projections
         ]
         weights = [tuple((share**2 * np.array(row)).tolist()) for share in shares for row in layer.weights]
-        counted = ((_LONGEST,) * len(layer.experts),) * most
-        return layer._replace(projections=tuple(shapes), weights=tuple(weights), replicas=Replicas(rules, counted))
+        replicas = Replicas(rules, *self._combination(len(layer.experts), most))
+        return layer._replace(projections=tuple(shapes), weights=tuple(weights), replicas=replicas)
+
+    def _combination(self, num_experts: int, most: int) -> tuple[tuple[tuple[float, ...], ...], Selection | None]:
+        """How the outputs of copies are combined is known when they are coded: counted at its longest."""
+        how = self._config.replicas
+        assert how is not None
+        weights = ((_LONGEST,) * num_experts,) * most
+        if how.combine != SELECTIVE:
+            return weights, None
+        lines = ((-_LONGEST,) * num_experts,) * most
+        return weights, Selection(lines, lines, weights[0] if how.conservative else None)
 
     def account(self, plan: Plan) -> Decision:
         """Exact bytes of every file that the plan leads to, without notes."""

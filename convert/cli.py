@@ -133,7 +133,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--combine", choices=COMBINED_BY, default=Replication.combine,
-        help="what the output of each copy counts (default: %(default)s)",
+        help="what the output of each copy counts; selective: the one of least predicted error for each input counts alone "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--conservative", action="store_true",
+        help="with --combine selective: the mean of the copies where an input's norm is unusual for the expert, or was "
+        "hardly ever seen (default: off)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="recorded in the plan (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="measure and print the plan; write nothing")
@@ -164,7 +170,7 @@ def parse_config(args: argparse.Namespace) -> ConvertConfig:
             mu=args.nested,
             predecessors=args.predecessors == "quantized",
         )
-    replicas = parse_replicas(args.replicas, args.combine) if args.replicas is not None else None
+    replicas = parse_replicas(args.replicas, args.combine, args.conservative) if args.replicas is not None else None
     return ConvertConfig(
         target_nbytes=parse_size(args.size) if args.size else None,
         bpw=args.bpw,
@@ -197,8 +203,11 @@ def _check_effect(args: argparse.Namespace) -> None:
         raise UserError(
             "--candidates is about text that the model writes itself", "leave it out, or give --calibration self"
         )
-    if args.combine != Replication.combine and args.replicas is None:
-        raise UserError("--combine is about copies of experts", "give --replicas as well, such as sensitivity:0.30:2")
+    for flag, given in (("combine", args.combine != Replication.combine), ("conservative", args.conservative)):
+        if given and args.replicas is None:
+            raise UserError(
+                f"--{flag} is about copies of experts", "give --replicas as well, such as sensitivity:0.30:2"
+            )
 
 
 def run(args: argparse.Namespace) -> int:

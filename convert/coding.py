@@ -9,14 +9,14 @@ import numpy as np
 from mlxmoe.convert.awq import Balance, Projection, degree, find_balance
 from mlxmoe.convert.calibrated import affine_values, code_trunk, pack_experts
 from mlxmoe.convert.coded import CodedLayer
-from mlxmoe.convert.ensemble import code_copy, learn_weights, mean_values
+from mlxmoe.convert.ensemble import code_copy, learn_selection, learn_weights, mean_values
 from mlxmoe.convert.gather import differentiate, draw
 from mlxmoe.convert.layers import Layers
 from mlxmoe.convert.measure import AS_IS
 from mlxmoe.convert.scores import observe
 from mlxmoe.convert.stats import Moments, without_inputs
 from mlxmoe.convert.write import Packed, copy_turns
-from mlxmoe.plan import LayerPlan, Plan
+from mlxmoe.plan import SELECTIVE, LayerPlan, Plan
 
 
 class Coding(NamedTuple):
@@ -73,7 +73,7 @@ def code_copies(
     layers: Layers, i: int, kind: str, planned: LayerPlan, moments: dict[str, Moments], coding: Coding
 ) -> LayerPlan:
     """Codes further copies of a loaded layer's experts: adds them to `coding`, whose values become the mean of all copies.
-    Returns the layer's plan, with the weights of the copies' outputs where they are learned."""
+    Returns the layer's plan, with how the copies' outputs are combined where that is learned."""
     paths = layers.projections(i)
     matrices = [_matrix(layers, path, moments) for path in paths]
     copies = [[coding.values[f"{path}.weight"] for path in paths]]
@@ -85,10 +85,12 @@ def code_copies(
     means = mean_values(planned, copies)
     coding.values.update((f"{path}.weight", mean) for path, mean in zip(paths, means, strict=True))
     replication = layers.config.replicas
-    if replication is None or replication.combine != "learned":
+    if replication is None or not replication.needs_text:
         return planned
-    observed = observe(layers.walk, i, kind, layers.sites[i])
-    return learn_weights(layers.stream.module(planned.path), observed, planned, copies)
+    observed, module = observe(layers.walk, i, kind, layers.sites[i]), layers.stream.module(planned.path)
+    if replication.combine == SELECTIVE:
+        return learn_selection(module, observed, planned, copies, replication.conservative)
+    return learn_weights(module, observed, planned, copies)
 
 
 def coded_values(layers: Layers, i: int, plan: Plan) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 from mlxmoe.convert.calibrate import Calibration
 from mlxmoe.errors import UserError
 from mlxmoe.formats import GROUP_SIZES, WRITTEN_LEVELS
+from mlxmoe.plan import SELECTIVE
 from mlxmoe.rotation import PLAIN
 
 Rule = tuple[int, int]  # lowest and highest bits of a class
@@ -29,7 +30,7 @@ POLISHES = ("none", "factors", "layer", "model")
 ROUTERS = ("none", "bias", "temperature", "topk-mse")
 ALLOCATIONS = ("measured", "benefit", "uniform")
 REPLICATED_BY = ("sensitivity", "adaptive", "random")
-COMBINED_BY = ("mean", "variance", "learned")
+COMBINED_BY = ("mean", "variance", "learned", SELECTIVE)
 SEEDED = ("randomised-hadamard", "block-hadamard-64", "block-hadamard-128")  # rotations of which there are many
 
 
@@ -79,12 +80,14 @@ class Allocation:
 @dataclass(frozen=True)
 class Replication:
     """Which experts are written as several copies, each behind a rotation of its own, and how their outputs are put
-    together (replicas.py). by: what chooses them; share: of a layer's experts, on average over the layers for `adaptive`."""
+    together (replicas.py). by: what chooses them; share: of a layer's experts, on average over the layers for `adaptive`;
+    conservative: the mean in place of a selected copy where the input is unusual."""
 
     by: str = "sensitivity"
     share: float = 0.30
     copies: int = 2
     combine: str = "mean"
+    conservative: bool = False
 
     def __post_init__(self) -> None:
         if self.by not in REPLICATED_BY or not 0 < self.share <= 1 or not 2 <= self.copies <= 3:
@@ -94,6 +97,21 @@ class Replication:
             )
         if self.combine not in COMBINED_BY:
             raise UserError(f"--combine {self.combine} is not one of {', '.join(COMBINED_BY)}", "mean is the default")
+        if self.conservative and self.combine != SELECTIVE:
+            raise UserError(
+                f"--conservative takes the mean where no copy shall be selected, and --combine {self.combine} selects none",
+                f"leave it out, or give --combine {SELECTIVE}",
+            )
+
+    @property
+    def needs_text(self) -> bool:
+        return self.combine in ("learned", SELECTIVE)
+
+    def as_settings(self) -> dict[str, Any]:
+        settings = asdict(self)
+        if not self.conservative:
+            del settings["conservative"]  # as it was before there was such a mode
+        return settings
 
 
 @dataclass(frozen=True)
@@ -161,8 +179,8 @@ class ConvertConfig:
         for name, value in (("polish", self.polish), ("router", self.router), ("refine", self.allocation.refine)):
             if value not in ("none", 0):
                 raise UserError(f"--{name} knows one copy of an expert", f"leave out --replicas or --{name}")
-        if how.combine == "learned" and self.calibration is None:
-            raise UserError("--combine learned goes by text", "give --calibration FILE, or --combine variance")
+        if how.needs_text and self.calibration is None:
+            raise UserError(f"--combine {how.combine} goes by text", "give --calibration FILE, or --combine variance")
 
     def for_model(self, num_parameters: int) -> ConvertConfig:
         """The same with what depends on the model's size decided."""
@@ -180,6 +198,8 @@ class ConvertConfig:
         settings["allocation"] = {**settings["allocation"], "shares": list(self.allocation.shares)}
         if self.allocation == Allocation():
             del settings["allocation"]
+        if self.replicas is not None:
+            settings["replicas"] = self.replicas.as_settings()
         settings["rules"] = {name: list(rule) for name, rule in sorted(self.rules.items())}
         if self.calibration is not None:
             settings["calibration"]["file"] = Path(
@@ -224,7 +244,7 @@ def parse_rules(texts: Sequence[str]) -> dict[str, Rule]:
     return dict(rules)
 
 
-def parse_replicas(text: str, combine: str) -> Replication:
+def parse_replicas(text: str, combine: str, conservative: bool = False) -> Replication:
     """`sensitivity`, `adaptive:0.25` or `random:0.3:3`: what chooses the experts, their share, copies. Raises UserError."""
     by, _, rest = text.partition(":")
     share, _, copies = rest.partition(":")
@@ -232,7 +252,7 @@ def parse_replicas(text: str, combine: str) -> Replication:
         values = float(share or Replication.share), int(copies or Replication.copies)
     except ValueError:
         raise UserError(f"--replicas {text!r} is not understood", "example: --replicas sensitivity:0.30:2") from None
-    return Replication(by, *values, combine)
+    return Replication(by, *values, combine, conservative)
 
 
 def parse_sensitivity(text: str) -> tuple[str, tuple[float, ...]]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxmoe.convert.awq import Projection
 from mlxmoe.convert.calibrated import pack_experts
-from mlxmoe.convert.replicas import learned_weights
+from mlxmoe.convert.replicas import fit_selection, learned_weights
 from mlxmoe.convert.scores import Observed
 from mlxmoe.convert.write import Packed
 from mlxmoe.formats import ABSENT
@@ -64,17 +64,7 @@ def learn_weights(
 ) -> LayerPlan:
     """The layer with the weights [C, E] of its copies' outputs by least squares on sampled inputs of each expert, towards
     what the source's experts give. `module`: the loaded one, whose weights are put back."""
-    names = [shape.name for shape in layer.projections[: layer.num_matrices]]
-    target, outputs = _run(module, observed), []
-    for values in copies:
-        before = {name: module[name]["weight"] for name in names}
-        try:
-            for name, value in zip(names, values, strict=True):
-                module[name]["weight"] = mx.array(value).astype(before[name].dtype)
-            outputs.append(_run(module, observed))
-        finally:
-            for name, weight in before.items():
-                module[name]["weight"] = weight
+    target, outputs = _run(module, observed), _copy_outputs(module, observed, layer, copies)
     weights = np.zeros((len(copies), len(layer.experts)))
     for e in range(len(layer.experts)):
         count = layer.num_copies(e)
@@ -86,6 +76,37 @@ def learn_weights(
     assert layer.replicas is not None
     found = tuple(map(tuple, weights.tolist()))
     return layer._replace(replicas=layer.replicas._replace(weights=found))
+
+
+def learn_selection(
+    module: nn.Module, observed: Observed, layer: LayerPlan, copies: Sequence[Sequence[np.ndarray]], careful: bool
+) -> LayerPlan:
+    """As learn_weights, with what one of the copies is chosen by, by their errors on sampled inputs of each expert;
+    careful: with the conservative mode."""
+    outputs = np.stack(_copy_outputs(module, observed, layer, copies))
+    errors = np.square(outputs - _run(module, observed)).sum(axis=2)
+    counts = np.array([layer.num_copies(e) for e in range(len(layer.experts))])
+    norms = np.linalg.norm(observed.inputs, axis=1)
+    assert layer.replicas is not None
+    found = fit_selection(norms, observed.experts, errors, counts, careful)
+    return layer._replace(replicas=layer.replicas._replace(selection=found))
+
+
+def _copy_outputs(
+    module: Any, observed: Observed, layer: LayerPlan, copies: Sequence[Sequence[np.ndarray]]
+) -> list[np.ndarray]:
+    """float32 [n, D] of every copy, on the sampled inputs."""
+    names = [shape.name for shape in layer.projections[: layer.num_matrices]]
+    before, outputs = {name: module[name]["weight"] for name in names}, []
+    try:
+        for values in copies:
+            for name, value in zip(names, values, strict=True):
+                module[name]["weight"] = mx.array(value).astype(before[name].dtype)
+            outputs.append(_run(module, observed))
+    finally:
+        for name, weight in before.items():
+            module[name]["weight"] = weight
+    return outputs
 
 
 def _run(module: Any, observed: Observed) -> np.ndarray:

@@ -56,7 +56,7 @@ from mlxmoe.convert.write import (
 )
 from mlxmoe.errors import UserError
 from mlxmoe.formats import num_planes
-from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan
+from mlxmoe.plan import PLAN_FILE, ExpertEntry, FileEntry, LayerPlan, Plan, load_replicas
 from mlxmoe.work import WorkFolder, differing, save_arrays, write_whole
 
 
@@ -235,19 +235,19 @@ class Job:
     def _write_layer(self, layer: LayerPlan, experts: Iterator[list[Packed | None]], progress: Progress) -> None:
         entry, entries = write_layer(layer, experts, self._rotated(layer.layer), self.work.folder, progress)
         if layer.replicas is not None and self.config.replicas is not None:
-            layer = layer._replace(experts=entries)
-            write_whole(self._weights_path(layer), json.dumps(output_weights(self.config.replicas, layer)).encode())
+            weights = output_weights(self.config.replicas, layer._replace(experts=entries))
+            found = layer.replicas._replace(weights=tuple(map(tuple, weights)))
+            write_whole(self._replicas_path(layer), json.dumps(found).encode())
         self._mark_done(layer.file, entry, entries)
 
-    def _weights_path(self, layer: LayerPlan) -> Path:
-        return self.work.state / f"weights-{layer.layer}.json"
+    def _replicas_path(self, layer: LayerPlan) -> Path:
+        return self.work.state / f"replicas-{layer.layer}.json"
 
-    def _weighted(self, layer: LayerPlan) -> LayerPlan:
-        """With what the outputs of copies count, which is known when they are written."""
+    def _combined(self, layer: LayerPlan) -> LayerPlan:
+        """With how the outputs of copies are combined, which is known when they are written."""
         if layer.replicas is None:
             return layer
-        weights = json.loads(self._weights_path(layer).read_text())
-        return layer._replace(replicas=layer.replicas._replace(weights=tuple(map(tuple, weights))))
+        return layer._replace(replicas=load_replicas(json.loads(self._replicas_path(layer).read_text())))
 
     def _finish(
         self,
@@ -265,7 +265,7 @@ class Job:
             done = self._done(layer.file)
             assert done is not None
             files[layer.file], experts = done
-            layers.append(self._weighted(layer)._replace(experts=experts))
+            layers.append(self._combined(layer)._replace(experts=experts))
         shards = trunk_shards(self.source, formats)
         for i, shard in enumerate(shards):
             name = shard_name(i, len(shards))

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxmoe.convert.config import MIX_SHARES, Replication
-from mlxmoe.plan import LayerPlan
+from mlxmoe.copies import SMALLEST, SPREAD
+from mlxmoe.plan import LayerPlan, Selection
 from mlxmoe.rotation import Rotation, dense, plain_rotation
 
 COPIES = {"shared": 3, "frequent": 2, "domain": 2, "specialised": 1}
@@ -245,28 +246,33 @@ def combine(outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.einsum("ctn,ct->tn", outputs, np.broadcast_to(weights.reshape(len(outputs), -1), outputs.shape[:2]))
 
 
-class Selector(NamedTuple):
-    """Predicts the logarithm of every copy's squared error from features of the input: coefficients [F + 1, C]."""
-
-    coefficients: np.ndarray
-
-
-def fit_selector(features: np.ndarray, errors: np.ndarray) -> Selector:
-    """features [T, F], squared errors [C, T] of calibration tokens -> least squares in the logarithm."""
-    columns = np.concatenate([features, np.ones((len(features), 1))], axis=1)
+def error_lines(norms: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """float64 [2, C]: slope and intercept of the line that the logarithm of every copy's squared error [C, T] follows over
+    log |x|, norms [T], by least squares on calibration inputs. By them `copies.Selector` chooses."""
+    columns = np.stack([np.log(norms + SMALLEST), np.ones(len(norms))], axis=1)
     floor = 1e-12 * float(errors.mean()) + 1e-300
-    return Selector(np.linalg.lstsq(columns, np.log(errors.T + floor), rcond=None)[0])
+    return np.linalg.lstsq(columns, np.log(errors.T + floor), rcond=None)[0]
 
 
-def select(selector: Selector, features: np.ndarray) -> np.ndarray:
-    """int [T]: the copy with the least predicted error for each token of features [T, F]; equal ones: the first."""
-    columns = np.concatenate([features, np.ones((len(features), 1))], axis=1)
-    return np.argmin(columns @ selector.coefficients, axis=1)
-
-
-def selected(outputs: np.ndarray, choice: np.ndarray) -> np.ndarray:
-    """outputs [C, T, N], copy of each token [T] -> [T, N]."""
-    return np.take_along_axis(outputs, choice[None, :, None], axis=0)[0]
+def fit_selection(
+    norms: np.ndarray, experts: np.ndarray, errors: np.ndarray, copies: np.ndarray, careful: bool
+) -> Selection:
+    """The choice among the copies of a layer's experts, by calibration inputs of norms [n], the expert [n] of each, and the
+    squared error [C, n] that each copy has there. copies int [E]: how many each expert has, 1 or C. An expert with fewer
+    than _SETTLED inputs goes by those of all. careful: with the conservative mode."""
+    several = np.flatnonzero(copies == len(errors))
+    lines = np.zeros((2, len(errors), len(copies)))
+    rows = np.isin(experts, several)
+    if rows.any():
+        lines[:, :, several] = error_lines(norms[rows], errors[:, rows])[..., None]
+    usual = np.zeros(len(copies))
+    for e in several:
+        rows = experts == e
+        if rows.sum() >= _SETTLED:
+            lines[:, :, e] = error_lines(norms[rows], errors[:, rows])
+        usual[e] = usual_norm(norms[rows])
+    slopes, intercepts = (tuple(map(tuple, rows.tolist())) for rows in lines)
+    return Selection(slopes, intercepts, tuple(usual.tolist()) if careful else None)
 
 
 def vote(scores: np.ndarray) -> np.ndarray:
@@ -282,7 +288,13 @@ def vote(scores: np.ndarray) -> np.ndarray:
 def conservative(norms: np.ndarray, known_domain: bool) -> bool:
     """Whether to run with all copies and equal weights: fewer than 10 inputs seen, an unknown domain, or norms [T] of the
     inputs seen whose standard deviation exceeds half their mean."""
-    return len(norms) < _SETTLED or not known_domain or bool(np.std(norms) > np.mean(norms) / 2)
+    return len(norms) < _SETTLED or not known_domain or bool(np.std(norms) > SPREAD * np.mean(norms))
+
+
+def usual_norm(norms: np.ndarray) -> float:
+    """For `copies.Selector`: the mean of the norms [T] of an expert's inputs, 0 where they call for the conservative mode.
+    A single input has no standard deviation: it is taken by its distance to this mean, half of which is again the limit."""
+    return 0.0 if conservative(norms, known_domain=True) else float(norms.mean())
 
 
 def runtime_weights(weights: np.ndarray, norms: np.ndarray, known_domain: bool) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlxmoe.copies import Copies, Selector
 from mlxmoe.experts import Bucket, ExpertLayer
 from mlxmoe.formats import (
     ABSENT,
@@ -26,8 +27,8 @@ from mlxmoe.formats import (
     write_floats,
 )
 from mlxmoe.kernels import PlaneBank
-from mlxmoe.plan import ExpertEntry, LayerPlan
-from mlxmoe.rotation import Copies, LayerTurns, RotationRule, Turn, make_turn, turn_nbytes
+from mlxmoe.plan import ExpertEntry, LayerPlan, Replicas
+from mlxmoe.rotation import LayerTurns, RotationRule, Turn, make_turn, turn_nbytes
 from mlxmoe.store import ExpertStore, record_parts
 
 Rows = list[tuple[list[int], "MergedBank"]]  # of a projection: the experts of each bank, in row order
@@ -75,7 +76,19 @@ def layer_copies(store: ExpertStore, layer: LayerPlan, dtype: mx.Dtype) -> Copie
         for copy, rules in enumerate(layer.copy_rotations)
         for columns in [layer.rotated_columns]
     ]
-    return Copies(tuple(turns), mx.array(layer.replicas.weights) if layer.replicas is not None else None)
+    replicas = layer.replicas
+    return (
+        Copies(tuple(turns))
+        if replicas is None
+        else Copies(tuple(turns), mx.array(replicas.weights), _selector(replicas))
+    )
+
+
+def _selector(replicas: Replicas) -> Selector | None:
+    if replicas.selection is None:
+        return None
+    slopes, intercepts, usual = replicas.selection
+    return Selector(mx.array(slopes), mx.array(intercepts), None if usual is None else mx.log(mx.array(usual)))
 
 
 def copies_nbytes(layer: LayerPlan, dtype: mx.Dtype) -> int:
@@ -85,7 +98,7 @@ def copies_nbytes(layer: LayerPlan, dtype: mx.Dtype) -> int:
         for rules in layer.copy_rotations
         for rule, columns in zip(rules, layer.rotated_columns, strict=True)
     )
-    return turns + (4 * len(layer.copy_rotations) * len(layer.experts) if layer.replicas is not None else 0)
+    return turns + (layer.replicas.num_values * mx.float32.size if layer.replicas is not None else 0)
 
 
 def _projections(store: ExpertStore, layer: LayerPlan, levels: Sequence[tuple[int, ...]]) -> list[_Projection]:

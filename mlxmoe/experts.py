@@ -19,6 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchMLP
 
+from mlxmoe.copies import ONE_COPY, Copies, combined
 from mlxmoe.formats import FIELD_BITS, MatrixShape
 from mlxmoe.kernels import (
     DECODE,
@@ -32,7 +33,7 @@ from mlxmoe.kernels import (
     expert_outputs,
     weighted_outputs,
 )
-from mlxmoe.rotation import ONE_COPY, Copies, turned
+from mlxmoe.rotation import turned
 
 SORT_FROM = 64  # (token, expert) pairs from which it pays to touch the experts in order (as mlx-lm does)
 
@@ -218,7 +219,8 @@ class ExpertLayer(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         self.choices.note(indices)
         outputs = [self._outputs(copy, x, indices) for copy in range(len(self.copies.turns))]
-        return combined(outputs, self.copies.weights, indices)
+        log_norms = self.copies.log_norms(x)
+        return combined(outputs, self.copies, indices, None if log_norms is None else log_norms[..., None])
 
     def _outputs(self, copy: int, x: mx.array, indices: mx.array) -> mx.array:
         """As the call, of one copy of each expert."""
@@ -247,17 +249,6 @@ class ExpertLayer(nn.Module):
         else:
             activated = self.activation(hidden[0])
         return last(turned(activated, self.copies.turns[copy].hidden), indices, sorted_indices=sorted_indices)
-
-
-def combined(outputs: Sequence[mx.array], weights: mx.array | None, experts: mx.array) -> mx.array:
-    """Outputs [..., D] of every copy of experts [...], weights [C, E] -> their weighted sum, one copy after the other."""
-    if weights is None:
-        return outputs[0]
-    parts = [y * weights[c][experts][..., None].astype(y.dtype) for c, y in enumerate(outputs)]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def stock_banks(layer: ExpertLayer, phases: Collection[str] = PHASES) -> ExpertBanks | None:

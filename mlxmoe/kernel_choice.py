@@ -32,6 +32,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from mlxmoe.arguments import note
+from mlxmoe.copies import Copies
 from mlxmoe.experts import Bucket, ExpertLayer, KernelExperts, PlaneLinear
 from mlxmoe.files import write_atomically
 from mlxmoe.formats import FIELD_BITS, LEVELS, MatrixShape, array_bytes, field_width, words_per_row
@@ -50,7 +51,7 @@ from mlxmoe.kernels import (
     sort_by_expert,
 )
 from mlxmoe.plan import LayerPlan
-from mlxmoe.rotation import Copies, LayerTurns, Turn, hadamard_size
+from mlxmoe.rotation import LayerTurns, Turn, hadamard_size
 from mlxmoe.router import Router
 
 Kernels = MetalKernels | ReferenceKernels

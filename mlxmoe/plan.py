@@ -24,9 +24,11 @@ from mlxmoe.rotation import NAMES, UNROTATED, LayerRotations, RotationRule, fits
 
 PLAN_FILE = "plan.json"
 PLAN_FORMAT = "mlxmoe-plan"
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 ROTATED_VERSION = 2  # the first that has rotations: a reader that does not know them would compute nonsense
 WIDE_VERSION = 3  # the first that has levels above 8 bits
+SELECTED_VERSION = 4  # the first that chooses among copies by the input
+SELECTIVE = "selective"  # settings.replicas.combine of a plan that does
 
 
 class ExpertEntry(NamedTuple):
@@ -47,12 +49,32 @@ class ExpertEntry(NamedTuple):
         return max(num_planes(level) for level in self.levels)
 
 
+class Selection(NamedTuple):
+    """What a copy of an expert is chosen by. slopes[c][e] * log |x| + intercepts[c][e] is expected of the logarithm of copy
+    c's squared error at an input x of expert e. usual[e]: the norm that the expert's inputs have; where |x| is half of it
+    away, and everywhere where it is 0, the copies count by their weights. None: one is always chosen."""
+
+    slopes: tuple[tuple[float, ...], ...]
+    intercepts: tuple[tuple[float, ...], ...]
+    usual: tuple[float, ...] | None = None
+
+
 class Replicas(NamedTuple):
     """Further copies of a layer's experts. rotations: of each further copy. weights[c][e]: what the output of copy c (0: the
-    expert itself) counts in that of expert e; 0 where e has no such copy."""
+    expert itself) counts in that of expert e; 0 where e has no such copy. With a selection one copy that e has is chosen for
+    each input in place of that."""
 
     rotations: tuple[LayerRotations, ...]
     weights: tuple[tuple[float, ...], ...]
+    selection: Selection | None = None
+
+    @property
+    def num_values(self) -> int:
+        """Numbers that say how the copies are combined."""
+        rows = [*self.weights]
+        if self.selection is not None:
+            rows += [*self.selection.slopes, *self.selection.intercepts, self.selection.usual or ()]
+        return sum(map(len, rows))
 
 
 class LayerPlan(NamedTuple):
@@ -156,6 +178,8 @@ class Plan:
     @property
     def version(self) -> int:
         """The lowest format version that can say all of this: what has no need of a newer one, older readers take too."""
+        if any(layer.replicas is not None and layer.replicas.selection is not None for layer in self.layers):
+            return SELECTED_VERSION
         if self._levels[-1] > NARROW_LEVELS[-1]:
             return WIDE_VERSION
         plain = all(layer.copy_rotations == (UNROTATED,) for layer in self.layers)
@@ -214,7 +238,7 @@ class Plan:
             version = data.get("version")
             if not isinstance(version, int) or version < 1:
                 raise ValueError(f"format version {version!r}")
-            return cls(
+            plan = cls(
                 model_type=data["model_type"],
                 source=data["source"],
                 settings=data["settings"],
@@ -226,6 +250,8 @@ class Plan:
                 files={path: FileEntry(*entry) for path, entry in data["files"].items()},
                 forecast=_load_forecast(data.get("forecast")),
             )
+            _check_selections(plan)
+            return plan
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise UserError(f"{name} is damaged: {type(error).__name__} {error}", "convert the model again") from None
 
@@ -266,7 +292,10 @@ def _block(key: str, lines: list[str], brackets: str) -> str:
 def _dump_layer(layer: LayerPlan) -> str:
     left_out = {"experts", "weights"} | ({"rotations"} if layer.rotations == UNROTATED else set())
     left_out |= {"replicas"} if layer.replicas is None else set()
-    head = _compact({k: _shorten(v) for k, v in layer._asdict().items() if k not in left_out})
+    fields = {k: _shorten(v) for k, v in layer._asdict().items() if k not in left_out}
+    if layer.replicas is not None and layer.replicas.selection is None:
+        fields["replicas"] = fields["replicas"][:-1]  # as it was before there were selections
+    head = _compact(fields)
     # The weights of one projection are often all equal: one number stands for all of them.
     weights = [w[0] if len(set(w)) == 1 else list(w) for w in (_shorten(w) for w in layer.weights)]
     experts = ",\n".join(_compact(_shorten(expert)) for expert in layer.experts)
@@ -281,7 +310,7 @@ def _load_layer(data: dict[str, Any]) -> LayerPlan:
     weights = tuple(tuple(w) if isinstance(w, list) else (w,) * len(experts) for w in data["weights"])
     projections = tuple(MatrixShape(*p) for p in data["projections"])
     rotations = _load_rotations(data.get("rotations", UNROTATED))
-    replicas = _load_replicas(data["replicas"]) if "replicas" in data else None
+    replicas = load_replicas(data["replicas"]) if "replicas" in data else None
     where = data["layer"], data["path"], data["kind"], data["file"]
     layer = LayerPlan(*where, projections, weights, experts, rotations, replicas)
     _check_layer(layer)
@@ -292,9 +321,21 @@ def _load_rotations(rules: Sequence[Sequence[Any]]) -> LayerRotations:
     return LayerRotations(*(RotationRule(*rule) for rule in rules))
 
 
-def _load_replicas(data: list[Any]) -> Replicas:
-    rotations, weights = data
-    return Replicas(tuple(map(_load_rotations, rotations)), tuple(tuple(map(float, row)) for row in weights))
+def load_replicas(data: list[Any]) -> Replicas:
+    """From JSON."""
+    rotations, weights, *selection = data
+    return Replicas(tuple(map(_load_rotations, rotations)), _floats(weights), *map(_load_selection, selection))
+
+
+def _load_selection(data: list[Any] | None) -> Selection | None:
+    if data is None:
+        return None
+    slopes, intercepts, usual = data
+    return Selection(_floats(slopes), _floats(intercepts), None if usual is None else tuple(map(float, usual)))
+
+
+def _floats(rows: list[list[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(map(float, row)) for row in rows)
 
 
 def _load_forecast(data: list[Any] | None) -> Forecast | None:
@@ -338,15 +379,35 @@ def _check_copies(layer: LayerPlan) -> None:
     alike = all(shape[1:] == layer.projections[p % matrices][1:] for p, shape in enumerate(layer.projections))
     if len(layer.projections) != copies * matrices or not alike:
         raise ValueError(f"layer {layer.layer}: projections do not fit {copies} copies")
-    if layer.replicas is not None and (
-        len(layer.replicas.weights) != copies
-        or any(len(row) != len(layer.experts) or not all(map(math.isfinite, row)) for row in layer.replicas.weights)
-    ):
+    if layer.replicas is not None and not _fits_copies(layer.replicas.weights, copies, len(layer.experts)):
         raise ValueError(f"layer {layer.layer}: weights of copies do not fit its experts")
+    selection = layer.replicas.selection if layer.replicas is not None else None
+    if selection is not None and not (
+        _fits_copies(selection.slopes, copies, len(layer.experts))
+        and _fits_copies(selection.intercepts, copies, len(layer.experts))
+        and (selection.usual is None or _fits_copies([selection.usual], 1, len(layer.experts)))
+        and min(selection.usual or (0.0,)) >= 0
+    ):
+        raise ValueError(f"layer {layer.layer}: what copies are chosen by does not fit its experts")
     for rules in layer.copy_rotations:
         for rule, k in zip(rules, layer.rotated_columns, strict=True):
             if rule.name not in NAMES or not fits(rule.name, k) or not isinstance(rule.seed, int) or rule.seed < 0:
                 raise ValueError(f"layer {layer.layer}: no rotation {rule.name!r} of {k} columns by {rule.seed!r}")
+
+
+def _fits_copies(rows: Sequence[Sequence[float]], copies: int, experts: int) -> bool:
+    """Whether there is a finite number for every copy and expert."""
+    return len(rows) == copies and all(len(row) == experts and all(map(math.isfinite, row)) for row in rows)
+
+
+def _check_selections(plan: Plan) -> None:
+    """Raises ValueError unless exactly the files that were converted so have what copies are chosen by: without it the same
+    file would run, and give something else."""
+    wanted = (plan.settings.get("replicas") or {}).get("combine") == SELECTIVE
+    for layer in plan.layers:
+        if layer.replicas is not None and (layer.replicas.selection is not None) != wanted:
+            what = "the settings say nothing of" if layer.replicas.selection is not None else "there is nothing for"
+            raise ValueError(f"layer {layer.layer}: {what} choosing copies by the input")
 
 
 def _has_whole_copies(layer: LayerPlan, entry: ExpertEntry) -> bool:

@@ -21,6 +21,7 @@ from mlx_lm.utils import load_model
 from mlxmoe.arena import arena_slack
 from mlxmoe.banks import copies_nbytes
 from mlxmoe.checkpoint import Checkpoint, open_checkpoint
+from mlxmoe.copies import Copies
 from mlxmoe.errors import UserError
 from mlxmoe.expert_memory import LayerBytes
 from mlxmoe.experts import ExpertLayer, PlaneLinear, stock_banks
@@ -31,7 +32,7 @@ from mlxmoe.plan import Plan
 from mlxmoe.reader import DEFAULT_THREADS
 from mlxmoe.repack import RepackedStore, repacked_class
 from mlxmoe.residency import PLANES, Residency, Storage, merged_storage, smallest_residency, solve_residency
-from mlxmoe.rotation import NO_TURNS, Copies
+from mlxmoe.rotation import NO_TURNS
 from mlxmoe.runtime import DEFAULT_CONTEXT, DEFAULTS, RuntimeConfig
 from mlxmoe.store import PAGE
 

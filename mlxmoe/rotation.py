@@ -216,18 +216,6 @@ def turn_nbytes(rule: RotationRule, columns: int, dtype: mx.Dtype) -> int:
 NO_TURNS = LayerTurns()
 
 
-@dataclass(frozen=True)
-class Copies:
-    """How the output of an expert comes from its matrices: what those of each copy expect of their inputs, and what its
-    output counts, weights float32 [C, E] (None: there is one copy)."""
-
-    turns: tuple[LayerTurns, ...] = (NO_TURNS,)
-    weights: mx.array | None = None
-
-
-ONE_COPY = Copies()
-
-
 def turned(x: mx.array, turn: Turn | None) -> mx.array:
     """R x, or x where there is no rotation."""
     return x if turn is None else turn(x)

@@ -18,12 +18,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxmoe.banks import MergedBank
-from mlxmoe.experts import ExpertLayer, add_halves, combined
+from mlxmoe.copies import ONE_COPY, Copies, combined
+from mlxmoe.experts import ExpertLayer, add_halves
 from mlxmoe.formats import ABSENT, FIELD_BITS, array_bytes, field_width, num_planes, read_floats, write_floats
 from mlxmoe.plan import LayerPlan
 from mlxmoe.reader import Read
 from mlxmoe.residency import merged_storage
-from mlxmoe.rotation import ONE_COPY, Copies, turned
+from mlxmoe.rotation import turned
 from mlxmoe.stacked import ARRAY_DTYPES, StockSource
 from mlxmoe.store import ExpertSource, Span
 
@@ -126,16 +127,20 @@ class MergedShelf:
 
     def outputs(self, x: mx.array, groups: Sequence[Group], num_pairs: int) -> mx.array:
         turned_x = [turned(x, turns.inputs) for turns in self._copies.turns]
-        outputs = [self._output(group, turned_x) for group in groups]
+        log_norms = self._copies.log_norms(x)
+        outputs = [self._output(group, turned_x, log_norms) for group in groups]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
-    def _output(self, group: Group, turned_x: Sequence[mx.array]) -> mx.array:
-        """x [T, D] as every copy expects it -> the output of each of the group's pairs [n, D]."""
+    def _output(self, group: Group, turned_x: Sequence[mx.array], log_norms: mx.array | None) -> mx.array:
+        """x [T, D] as every copy expects it, and what a selector goes by [T] -> the output of each of the group's pairs
+        [n, D]."""
         outputs = [
             self._copy_output(copy, group.expert, x if len(x) == 1 else x[mx.array(group.tokens)])
             for copy, x in enumerate(turned_x[: self._layer.num_copies(group.expert)])
         ]
-        return combined(outputs, self._copies.weights, mx.array(group.expert))
+        if log_norms is not None:
+            log_norms = log_norms[mx.array(group.tokens)]
+        return combined(outputs, self._copies, mx.array(group.expert), log_norms)
 
     def _copy_output(self, copy: int, expert: int, x: mx.array) -> mx.array:
         """x [n, D] -> [n, D]."""

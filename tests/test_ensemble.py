@@ -7,7 +7,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwiGLU, SwitchLinear
 
 from mlxmoe.convert.awq import Projection
-from mlxmoe.convert.ensemble import code_copy, learn_weights, mean_values
+from mlxmoe.convert.ensemble import code_copy, learn_selection, learn_weights, mean_values
 from mlxmoe.convert.scores import Observed
 from mlxmoe.convert.stats import Moments
 from mlxmoe.experts import ExpertLayer
@@ -67,6 +67,37 @@ def test_learned_weights_undo_what_a_copy_has_too_much_of() -> None:
     layer = learn_weights(module, observed, layer_plan(), copies)
     assert layer.replicas is not None
     np.testing.assert_allclose(layer.replicas.weights, [[0.5, 1, 0.5], [0, 0, 0]], atol=0.03)
+    for linear, stack in zip(linears.values(), stacks, strict=True):
+        assert (np.array(linear.weight) == stack).all()
+
+
+def test_a_selection_is_fitted_to_the_errors_of_the_outputs() -> None:
+    """Squared distance of each copy's output to the original's, worked out over numpy arrays."""
+    stacks = [0.3 * gaussian(3, D, D, seed=p) for p in range(3)]
+    linears = {name: SwitchLinear(D, D, 3, bias=False) for name in NAMES}
+    for linear, stack in zip(linears.values(), stacks, strict=True):
+        linear.weight = mx.array(stack)
+    experts = np.repeat(np.arange(3), 40)
+    x = gaussian(120, D, seed=9) * np.exp(gaussian(120, 1, seed=8))
+    observed = Observed(x, experts, np.ones(120), np.full(3, 40), np.ones(3), np.zeros(3), 120)
+    copies = [[stacks[0], stacks[1], 1.1 * stacks[2]], [stack + 0.05 * gaussian(3, D, D, seed=7) for stack in stacks]]
+
+    def outputs(matrices: list[np.ndarray]) -> np.ndarray:
+        gate, up = (np.einsum("nd,nfd->nf", x, matrix[experts]) for matrix in matrices[:2])
+        return np.einsum("nf,ndf->nd", gate / (1 + np.exp(-gate)) * up, matrices[2][experts])
+
+    errors = np.stack([np.square(outputs(copy) - outputs(stacks)).sum(axis=1) for copy in copies])
+    norms = np.sqrt(np.square(x).sum(axis=1))
+    layer = learn_selection(ExpertLayer(linears, SwiGLU(), 3), observed, layer_plan(), copies, careful=True)
+    assert layer.replicas is not None
+    assert layer.replicas.selection is not None
+    slopes, intercepts, usual = map(np.array, layer.replicas.selection)
+    for e in (0, 2):
+        rows = experts == e
+        lines = np.transpose([np.polyfit(np.log(norms[rows]), np.log(row[rows]), 1) for row in errors])
+        np.testing.assert_allclose([slopes[:, e], intercepts[:, e]], lines, rtol=1e-3, atol=1e-3)
+        assert usual[e] == 0  # such inputs spread by more than half of their mean
+    assert not slopes[:, 1].any()
     for linear, stack in zip(linears.values(), stacks, strict=True):
         assert (np.array(linear.weight) == stack).all()
 

@@ -15,7 +15,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from mlxmoe.banks import MergedBank
 from mlxmoe.convert.write import pack_matrix
-from mlxmoe.experts import SORT_FROM, Bucket, ExpertLayer, PlaneLinear, combined
+from mlxmoe.experts import SORT_FROM, Bucket, ExpertLayer, PlaneLinear
 from mlxmoe.formats import (
     LEVELS,
     PLANE_WIDTHS,
@@ -256,12 +256,3 @@ def test_the_product_with_an_expert_that_is_nowhere_is_zero(levels: list[int]) -
     fill(full, matrices, levels, 0)
     assert mx.array_equal(y[:2], full(x[:2], indices[:2]))
     assert not y[2:].any().item()
-
-
-def test_copies_are_added_up_each_with_its_weight() -> None:
-    outputs = [inputs(6, 5, seed).reshape(2, 3, 5) for seed in range(3)]
-    weights = mx.array([[0.5, 1.0, 0.2], [0.5, 0.0, 0.3], [0.0, 0.0, 0.4]])
-    experts = mx.array([[0, 1, 2], [2, 0, 1]])
-    expected = np.einsum("ctad,cta->tad", np.stack(outputs), np.array(weights)[:, np.array(experts)])
-    np.testing.assert_allclose(np.array(combined(outputs, weights, experts)), expected, atol=1e-6)
-    assert combined(outputs[:1], None, experts) is outputs[0]

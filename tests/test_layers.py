@@ -18,7 +18,7 @@ PACKAGE_LAYERS = [
     ["errors"],
     ["units", "arguments", "machine", "files", "pressure"],
     ["formats", "budget", "router", "policies", "prefetch", "rotation"],
-    ["plan", "kernels", "cache"],
+    ["plan", "kernels", "cache", "copies"],
     ["reference", "store", "residency", "work"],
     ["checkpoint", "models", "experts", "reader", "pictures", "parts"],
     ["banks", "blocks", "kernel_choice", "stacked", "gates"],

@@ -95,7 +95,7 @@ def test_histogram_and_bytes() -> None:
         ("{", "is not valid JSON"),
         ("[]", "is not a plan"),
         ('{"format": "other"}', "is not a plan"),
-        (make_plan().dumps().replace('"version":1', '"version":4'), "has format version 4, this mlxmoe reads up to 3"),
+        (make_plan().dumps().replace('"version":1', '"version":5'), "has format version 5, this mlxmoe reads up to 4"),
         (make_plan().dumps().replace('"seed"', '"sead"'), "is damaged"),
         (make_plan().dumps().replace('"projections":[[', '"projections":[3,['), "is damaged"),
         (make_plan().dumps().replace('"version":1', '"version":"x"'), "is damaged"),

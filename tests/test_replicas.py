@@ -21,15 +21,14 @@ from mlxmoe.convert.replicas import (
     copy_seeds,
     copy_settings,
     ensemble_error,
-    fit_selector,
+    error_lines,
+    fit_selection,
     group,
     learned_weights,
     mean_weights,
     most_different,
     output_weights,
     runtime_weights,
-    select,
-    selected,
     sensitivity,
     similarity,
     similarity_matrix,
@@ -37,7 +36,7 @@ from mlxmoe.convert.replicas import (
     vote,
 )
 from mlxmoe.formats import MatrixShape
-from mlxmoe.plan import ExpertEntry, LayerPlan, Replicas
+from mlxmoe.plan import ExpertEntry, LayerPlan, Replicas, Selection
 from mlxmoe.rotation import UNROTATED, LayerRotations, Rotation, RotationRule, plain_rotation, rotate, unrotate
 
 
@@ -179,14 +178,36 @@ def test_learned_weights_of_equal_copies_are_their_mean() -> None:
     np.testing.assert_allclose(learned_weights(np.repeat(output, 2, axis=0), output[0]), [0.5, 0.5], atol=1e-6)
 
 
-def test_selection_follows_the_input() -> None:
-    """The first copy is good for small inputs and the second for large ones."""
-    features = np.linspace(-1, 1, 40)[:, None]
-    errors = np.stack([np.exp(2 * features[:, 0]), np.exp(-2 * features[:, 0])])
-    choice = select(fit_selector(features, errors), np.array([[-0.5], [0.5]]))
-    np.testing.assert_array_equal(choice, [0, 1])
-    outputs = random(2, 2, 3)
-    np.testing.assert_array_equal(selected(outputs, choice), [outputs[0, 0], outputs[1, 1]])
+def test_lines_of_errors_are_those_of_a_polynomial_fit() -> None:
+    norms, errors = np.exp(random(30)), np.exp(random(2, 30, seed=1))
+    expected = [np.polyfit(np.log(norms), np.log(row), 1) for row in errors]
+    np.testing.assert_allclose(error_lines(norms, errors), np.transpose(expected), rtol=1e-6, atol=1e-9)
+
+
+def test_what_a_copy_is_chosen_by_is_of_each_expert_with_copies() -> None:
+    """Expert 0 has 20 inputs and lines of its own, expert 1 nine and those of all, expert 2 no further copy, expert 3 inputs
+    that spread too much."""
+    experts = np.repeat([0, 1, 2, 3], [20, 9, 30, 12])
+    norms = np.exp(0.1 * random(len(experts)))
+    norms[experts == 3] = [0.1, 2.0] * 6
+    powers = np.array([[2.0, 1.0, 5.0, 3.0], [1.0, 2.0, 7.0, 1.0]])  # of each copy and expert
+    errors = norms ** powers[:, experts]
+    found = fit_selection(norms, experts, errors, np.array([2, 2, 1, 2]), careful=True)
+    slopes, intercepts = np.array(found.slopes), np.array(found.intercepts)
+    np.testing.assert_allclose(slopes[:, [0, 3]], powers[:, [0, 3]], atol=1e-6)
+    np.testing.assert_allclose(intercepts[:, [0, 3]], 0, atol=1e-6)
+    rows = experts != 2
+    of_all = [np.polyfit(np.log(norms[rows]), np.log(row[rows]), 1) for row in errors]
+    np.testing.assert_allclose([slopes[:, 1], intercepts[:, 1]], np.transpose(of_all), rtol=1e-6)
+    assert not slopes[:, 2].any()
+    assert not intercepts[:, 2].any()
+    np.testing.assert_allclose(found.usual, [norms[:20].mean(), 0, 0, 0])
+    assert fit_selection(norms, experts, errors, np.array([2, 2, 1, 2]), careful=False) == found._replace(usual=None)
+
+
+def test_without_any_input_no_copy_is_expected_to_be_better() -> None:
+    found = fit_selection(np.zeros(0), np.zeros(0, int), np.zeros((2, 0)), np.array([2, 1]), careful=True)
+    assert found == Selection(((0, 0), (0, 0)), ((0, 0), (0, 0)), (0, 0))
 
 
 def test_votes_and_ties() -> None:

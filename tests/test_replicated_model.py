@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from toy_checkpoints import (
     RuntimeConfig,
     convert,
+    edit_weights,
     folder_nbytes,
     load_plan,
     open_model,
@@ -45,33 +49,75 @@ pytestmark = pytest.mark.usefixtures("limits", "short_windows")
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 64, "num_experts": 6}
 ROTATION = ["--rotation", "randomised-hadamard"]
+ARGUMENTS = ["--bpw", "8", "--expert-bits", "2,3,4", *ROTATION]
 SPECS = {"pairs": "sensitivity:0.4", "threes": "random:0.5:3"}
+CHOOSING = {  # a copy by the input; without and with the conservative mode
+    "selective": ["--combine", "selective", "--replicas", "sensitivity:0.5"],
+    "careful": ["--combine", "selective", "--conservative", "--replicas", "random:0.7:3"],
+}
+FILES = (*SPECS, *CHOOSING)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen3(tmp_path_factory.mktemp("replicated") / "source", **SMALL)
+    """Behind a norm inputs have nearly one length, but where few of its weights are large."""
+    folder = write_qwen3(tmp_path_factory.mktemp("replicated") / "source", **SMALL)
+
+    def spread(weights: dict[str, mx.array]) -> None:
+        for name, weight in weights.items():
+            if name.endswith("post_attention_layernorm.weight"):
+                weights[name] = mx.where(mx.arange(weight.size) < 2, 4 * weight, 0.5 * weight)
+
+    edit_weights(folder, spread)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def folders(source: Path) -> dict[str, Path]:
-    result = {name: source.parent / name for name in SPECS}
-    arguments = ["--bpw", "8", "--expert-bits", "2,3,4", *ROTATION, "--combine", "variance"]
-    for name, folder in result.items():
-        assert convert(source, folder, *arguments, "--replicas", SPECS[name]) == 0
-    return result
+def by_text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    text = write_words(tmp_path_factory.mktemp("calibration") / "text.txt", 800)
+    return ["--calibration", str(text), "--calibration-tokens", "256"]
+
+
+@pytest.fixture(scope="module")
+def arguments(by_text: list[str]) -> dict[str, list[str]]:
+    plain = {name: [*ARGUMENTS, "--combine", "variance", "--replicas", spec] for name, spec in SPECS.items()}
+    return plain | {name: [*ARGUMENTS, *by_text, *how] for name, how in CHOOSING.items()}
+
+
+@pytest.fixture(scope="module")
+def folders(source: Path, arguments: dict[str, list[str]], short_windows: None) -> dict[str, Path]:
+    for name, given in arguments.items():
+        assert convert(source, source.parent / name, *given) == 0
+    return {name: source.parent / name for name in arguments}
 
 
 class Sum(nn.Module):
-    """What a layer with copies means: the sum of their outputs, each times its weight for the expert."""
+    """What a layer with copies means: the sum of their outputs, each times its weight for the expert; with a selection
+    [slopes, intercepts, usual norms] that of the copy that it chooses for a token and an expert. Counts what was chosen."""
 
-    def __init__(self, copies: list[ExpertLayer], weights: np.ndarray):
+    def __init__(self, copies: list[ExpertLayer], weights: np.ndarray, selection: list[Any] | None = None):
         super().__init__()
-        self.copies, self._weights = copies, mx.array(weights)
+        self.copies, self._weights, self._selection = copies, weights, selection
+        self.chosen: Counter[int | None] = Counter()
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         outputs = mx.stack([copy(x, indices) for copy in self.copies])
-        return (outputs * self._weights[:, indices][..., None]).sum(axis=0)
+        weights = self._weights[:, np.array(indices)]
+        if self._selection is not None:
+            norms = np.linalg.norm(np.array(x).astype(np.float64), axis=-1)
+            for place in np.ndindex(*indices.shape):
+                weights[:, *place] = self._choose(int(indices[place]), float(norms[place[:-1]]))
+        return (outputs * mx.array(weights.astype(np.float32))[..., None]).sum(axis=0)
+
+    def _choose(self, expert: int, norm: float) -> np.ndarray:
+        slopes, intercepts, usual = self._selection  # type: ignore[misc]
+        present = np.flatnonzero(self._weights[:, expert])
+        chosen = min(present, key=lambda c: slopes[c][expert] * math.log(norm) + intercepts[c][expert])
+        if usual is not None and not usual[expert] / 2 < norm < 1.5 * usual[expert]:
+            chosen = None
+        if len(present) > 1:
+            self.chosen[chosen] += 1
+        return self._weights[:, expert] if chosen is None else np.eye(len(self._weights))[chosen]
 
 
 def written_out(folder: Path, levels: Any) -> Loaded:
@@ -92,7 +138,8 @@ def written_out(folder: Path, levels: Any) -> Loaded:
                     np.stack([matrix(folder, layer, e, 3 * c + p, of_layer) @ turn for e in range(len(of_layer))])
                 )
             copies.append(ExpertLayer(linears, modules[layer.path].activation, len(of_layer)))
-        replaced.append((layer.path, Sum(copies, np.array(raw["replicas"][1], np.float32))))
+        _, weights, *selection = raw["replicas"]
+        replaced.append((layer.path, Sum(copies, np.array(weights), *selection)))
     loaded.model.update_modules(tree_unflatten(replaced))
     return loaded
 
@@ -105,24 +152,35 @@ def matrix(folder: Path, layer: LayerPlan, expert: int, projection: int, levels:
 # What is computed -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", FILES)
 def test_logits_are_those_of_the_sum_written_out(name: str, folders: dict[str, Path]) -> None:
     expected, found = written_out(folders[name], written_levels(folders[name])), open_model(folders[name])
     for tokens in (PROMPT, PROMPT[:, :1]):  # sorted pairs and few of them
         close(logits(found, tokens), logits(expected, tokens))
 
 
-def test_logits_of_reduced_levels(folders: dict[str, Path]) -> None:
-    loaded = open_reduced(folders["pairs"])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_choices_differ_from_token_to_token(name: str, folders: dict[str, Path]) -> None:
+    """Without which the other tests would say little."""
+    expected = written_out(folders[name], written_levels(folders[name]))
+    logits(expected)
+    chosen = sum((m.chosen for _, m in expected.model.named_modules() if isinstance(m, Sum)), Counter())
+    assert chosen.keys() == {"selective": {0, 1}, "careful": {None, 0, 1, 2}}[name]
+    assert min(chosen.values()) >= 3
+
+
+@pytest.mark.parametrize("name", ["pairs", "selective"])
+def test_logits_of_reduced_levels(name: str, folders: dict[str, Path]) -> None:
+    loaded = open_reduced(folders[name])
     assert loaded.elastic is not None
     levels = loaded.elastic.residency.levels
-    assert levels != written_levels(folders["pairs"])
-    close(logits(loaded), logits(written_out(folders["pairs"], levels)))
+    assert levels != written_levels(folders[name])
+    close(logits(loaded), logits(written_out(folders[name], levels)))
     loaded.elastic.resize(loaded.elastic.full)
-    assert (logits(loaded) == logits(open_model(folders["pairs"]))).all()
+    assert (logits(loaded) == logits(open_model(folders[name]))).all()
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", FILES)
 def test_streamed_is_resident_to_the_last_bit(name: str, folders: dict[str, Path]) -> None:
     streamed, resident = open_streamed(folders[name]), open_model(folders[name])
     for tokens in (PROMPT, PROMPT[:, :1], PROMPT[:, :3]):
@@ -165,6 +223,29 @@ def test_bytes_are_counted_exactly(name: str, folders: dict[str, Path]) -> None:
     assert more == 2 * 4 * copies * (64 + 64 + 6) == sum(copies_nbytes(layer, mx.float32) for layer in plan.layers)
 
 
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_copies_are_chosen_by_is_counted(name: str, folders: dict[str, Path]) -> None:
+    folder, plan = folders[name], load_plan(folders[name])
+    assert 0.95 * 8 <= 8 * folder_nbytes(folder) / plan.num_parameters <= 8
+    turns, lines = 2 * 2 * 4 * (64 + 64), 2 * 6  # of two copies; slopes and intercepts of six experts
+    if name == "careful":
+        turns, lines = 2 * 3 * 4 * (64 + 64), 3 * 6
+    values = lines + 2 * lines + (6 if name == "careful" else 0)
+    assert sum(copies_nbytes(layer, mx.float32) for layer in plan.layers) == turns + 2 * 4 * values
+
+
+def test_a_dry_run_tells_the_bytes_of_what_is_fitted(
+    source: Path,
+    arguments: dict[str, list[str]],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert convert(source, tmp_path / "out", *arguments["careful"], "--dry-run", "--json") == 0
+    foretold = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert foretold["bytes"] == folder_nbytes(folders["careful"])
+
+
 def test_a_dry_run_tells_the_bytes(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--bpw", "8", *ROTATION, "--replicas", "adaptive", "--json"]
     assert convert(source, tmp_path / "out", *arguments, "--dry-run") == 0
@@ -204,9 +285,8 @@ def test_what_outputs_count(source: Path, folders: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("combine", ["mean", "learned"])
-def test_by_calibration_text(combine: str, source: Path, tmp_path: Path) -> None:
-    arguments = ["--calibration", str(write_words(tmp_path / "text.txt", 800)), "--calibration-tokens", "256"]
-    arguments += ["--expert-bits", "2", *ROTATION, "--replicas", "sensitivity:0.5", "--combine", combine]
+def test_by_calibration_text(combine: str, source: Path, by_text: list[str], tmp_path: Path) -> None:
+    arguments = [*by_text, "--expert-bits", "2", *ROTATION, "--replicas", "sensitivity:0.5", "--combine", combine]
     assert convert(source, tmp_path / "out", "--bpw", "8", *arguments) == 0
     close(logits(open_model(tmp_path / "out")), logits(written_out(tmp_path / "out", written_levels(tmp_path / "out"))))
     for layer in load_plan(tmp_path / "out").layers:
@@ -217,27 +297,49 @@ def test_by_calibration_text(combine: str, source: Path, tmp_path: Path) -> None
         assert (np.abs(sums - 1).max() < 1e-3) == (combine == "mean")
 
 
-def test_a_stopped_conversion_goes_on(source: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
-    arguments = [
-        "--bpw",
-        "8",
-        "--expert-bits",
-        "2,3,4",
-        *ROTATION,
-        "--combine",
-        "variance",
-        "--replicas",
-        SPECS["pairs"],
-    ]
+@pytest.mark.parametrize("name", CHOOSING)
+def test_what_copies_are_chosen_by_is_in_the_plan(name: str, folders: dict[str, Path]) -> None:
+    """Lines for experts with copies, and the mean of the copies; usual norms where they are asked for."""
+    plan = load_plan(folders[name])
+    assert plan.version == 4
+    assert plan.settings["replicas"]["combine"] == "selective"
+    assert plan.settings["replicas"].get("conservative", False) == (name == "careful")
+    for layer in plan.layers:
+        assert layer.replicas is not None
+        assert layer.replicas.selection is not None
+        slopes, intercepts, usual = layer.replicas.selection
+        for e in range(len(layer.experts)):
+            count = layer.num_copies(e)
+            of_expert = np.array([[row[e] for row in rows] for rows in (layer.replicas.weights, slopes, intercepts)])
+            np.testing.assert_allclose(
+                of_expert[0], [1 / count] * count + [0] * (of_expert.shape[1] - count), atol=1e-4
+            )
+            assert of_expert[1:].any() == (count > 1)
+            assert usual is None or count > 1 or usual[e] == 0
+        assert (usual is not None) == (name == "careful")
+        assert not usual or any(usual)
 
+
+def test_files_without_choices_are_as_they_were(folders: dict[str, Path]) -> None:
+    for name in SPECS:
+        data = json.loads((folders[name] / "plan.json").read_text())
+        assert data["version"] == 2
+        assert data["settings"]["replicas"].keys() == {"by", "share", "copies", "combine"}
+        assert all(len(layer["replicas"]) == 2 for layer in data["layers"])
+
+
+@pytest.mark.parametrize("name", ["pairs", "careful"])
+def test_a_stopped_conversion_goes_on(
+    name: str, source: Path, arguments: dict[str, list[str]], folders: dict[str, Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("mlxmoe.convert.job.write_shard", stop)  # behind the experts
-        assert convert(source, tmp_path / "out", *arguments) == 130
-    assert convert(source, tmp_path / "out", *arguments, "--resume") == 0
-    assert snapshot(tmp_path / "out") == snapshot(folders["pairs"])
+        assert convert(source, tmp_path / "out", *arguments[name]) == 130
+    assert convert(source, tmp_path / "out", *arguments[name], "--resume") == 0
+    assert snapshot(tmp_path / "out") == snapshot(folders[name])
 
 
 @pytest.mark.parametrize(
@@ -253,6 +355,9 @@ def test_a_stopped_conversion_goes_on(source: Path, folders: dict[str, Path], tm
         (["--replicas", "random:2", *ROTATION], "--replicas random:2:2 is not understood"),
         (["--replicas", "random:0.3:9", *ROTATION], "--replicas random:0.3:9 is not understood"),
         (["--replicas", "random", "--combine", "learned", *ROTATION], "--combine learned goes by text"),
+        (["--replicas", "random", "--combine", "selective", *ROTATION], "--combine selective goes by text"),
+        (["--replicas", "random", "--conservative", *ROTATION], "and --combine mean selects none"),
+        (["--conservative"], "--conservative is about copies of experts"),
     ],
 )
 def test_refused_before_any_work(
@@ -300,3 +405,54 @@ def test_plans_that_do_not_fit_together(change: str, into: str, folders: dict[st
     assert count == 1
     with pytest.raises(UserError, match="is damaged"):
         Plan.loads(text)
+
+
+def _lose(replicas: list[Any]) -> None:
+    del replicas[2]
+
+
+def _shorten(replicas: list[Any]) -> None:
+    del replicas[2][1][0][-1]
+
+
+def _drop_a_copy(replicas: list[Any]) -> None:
+    del replicas[2][0][-1]
+
+
+def _lose_usual(replicas: list[Any]) -> None:
+    del replicas[2][2]
+
+
+def _spoil(replicas: list[Any]) -> None:
+    replicas[2][0][1][0] = float("nan")
+
+
+def _turn_negative(replicas: list[Any]) -> None:
+    replicas[2][2][0] = -1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_lose, "layer 1: there is nothing for choosing copies by the input"),
+        (_shorten, "layer 1: what copies are chosen by does not fit its experts"),
+        (_drop_a_copy, "layer 1: what copies are chosen by does not fit its experts"),
+        (_spoil, "layer 1: what copies are chosen by does not fit its experts"),
+        (_turn_negative, "layer 1: what copies are chosen by does not fit its experts"),
+        (_lose_usual, "is damaged"),
+    ],
+)
+def test_damage_to_what_copies_are_chosen_by(
+    change: Callable[[list[Any]], None], words: str, folders: dict[str, Path]
+) -> None:
+    data = json.loads((folders["careful"] / "plan.json").read_text())
+    change(data["layers"][1]["replicas"])
+    with pytest.raises(UserError, match=words):
+        Plan.loads(json.dumps(data))
+
+
+def test_a_choice_that_was_not_asked_for(folders: dict[str, Path]) -> None:
+    data = json.loads((folders["selective"] / "plan.json").read_text())
+    data["settings"]["replicas"]["combine"] = "mean"
+    with pytest.raises(UserError, match="the settings say nothing of choosing copies by the input"):
+        Plan.loads(json.dumps(data))

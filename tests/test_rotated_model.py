@@ -32,6 +32,7 @@ from toy_text import write_words
 
 from mlxmoe.banks import copies_nbytes
 from mlxmoe.convert.rotate import CANDIDATES
+from mlxmoe.copies import ONE_COPY
 from mlxmoe.errors import UserError
 from mlxmoe.experts import ExpertLayer
 from mlxmoe.formats import LEVELS
@@ -40,7 +41,7 @@ from mlxmoe.loading import Loaded
 from mlxmoe.models import named_arrays
 from mlxmoe.plan import LayerPlan, Plan
 from mlxmoe.prepared import expert_layers
-from mlxmoe.rotation import ONE_COPY, PLAIN, STORED, LayerRotations, RotationRule, random_signs
+from mlxmoe.rotation import PLAIN, STORED, LayerRotations, RotationRule, random_signs
 from mlxmoe.store import layer_header, read_header
 
 pytestmark = pytest.mark.usefixtures("limits", "short_windows")

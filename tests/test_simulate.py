@@ -13,7 +13,7 @@ import pytest
 from toy_checkpoints import edit_weights, write_architecture, write_qwen3
 
 from mlxmoe.bench.simulate import (
-    Copies,
+    Ensemble,
     QuantizedInput,
     Recipe,
     Routing,
@@ -26,8 +26,9 @@ from mlxmoe.bench.simulate import (
     matrix_nbytes,
     round_to_grid,
 )
-from mlxmoe.convert.replicas import Selector
+from mlxmoe.convert.replicas import usual_norm
 from mlxmoe.convert.rotate import quantized_activations
+from mlxmoe.copies import Selector
 from mlxmoe.errors import UserError
 from mlxmoe.evaluate import Text
 from mlxmoe.formats import MatrixShape
@@ -156,23 +157,31 @@ class _Times(nn.Module):
 def test_copies_are_summed_with_the_weights_of_the_expert() -> None:
     x, indices = gaussian(4, 3), np.array([[0, 1], [1, 0], [0, 0], [1, 1]], np.uint32)
     weights = np.array([[0.5, 1.0], [0.5, 0.0]])
-    found = Copies([_Times(1.0), _Times(3.0)], weights, None)(mx.array(x), mx.array(indices))
+    found = Ensemble([_Times(1.0), _Times(3.0)], weights, None)(mx.array(x), mx.array(indices))
     factors = np.where(indices == 0, 0.5 * 1 + 0.5 * 3, 2 * 1.0)
     np.testing.assert_allclose(np.array(found), x[:, None] * factors[..., None], rtol=1e-5)
-    alone = Copies([_Times(1.0), _Times(3.0)], np.array([[0.25], [0.75]]), None)(mx.array(x))
+    alone = Ensemble([_Times(1.0), _Times(3.0)], np.array([[0.25], [0.75]]), None)(mx.array(x))
     np.testing.assert_allclose(np.array(alone), 2.5 * x, rtol=1e-5)
 
 
 def test_a_selector_takes_one_copy_by_the_size_of_the_input() -> None:
     """Predicted log errors log |x| and -log |x|: the first for small inputs; never a copy that the expert lacks."""
-    selector = Selector(np.array([[1.0, -1.0], [0.0, 0.0]]))
+    selector = Selector(mx.array([[1.0, 1.0], [-1.0, -1.0]]), mx.zeros((2, 2)))
     x, indices = np.array([[0.1, 0.0], [10.0, 0.0]], np.float32), np.array([[0], [0]], np.uint32)
     weights = np.array([[0.5, 1.0], [0.5, 0.0]])
-    copies = Copies([_Times(1.0), _Times(3.0)], weights, selector)
+    copies = Ensemble([_Times(1.0), _Times(3.0)], weights, selector)
     np.testing.assert_allclose(np.array(copies(mx.array(x), mx.array(indices)))[:, 0, 0], [0.1, 30], rtol=1e-5)
     np.testing.assert_allclose(np.array(copies(mx.array(x), mx.array(indices + 1)))[:, 0, 0], [0.2, 20], rtol=1e-5)
-    alone = Copies([_Times(1.0), _Times(3.0)], np.array([[0.5], [0.5]]), selector)(mx.array(x))
+    alone = Ensemble([_Times(1.0), _Times(3.0)], np.array([[0.5], [0.5]]), selector)(mx.array(x))
     np.testing.assert_allclose(np.array(alone)[:, 0], [0.1, 30], rtol=1e-5)
+
+
+def test_the_conservative_mode_takes_the_mean_of_unusual_inputs() -> None:
+    """Of ten inputs of one size the next ones are usual within half of it."""
+    selector = Selector(mx.zeros((2, 1)), mx.array([[0.0], [1.0]]), mx.log(mx.array([usual_norm(np.full(10, 2.0))])))
+    x = np.array([[0.9, 0], [1.1, 0], [0, 2.9], [0, 3.1]], np.float32)
+    found = Ensemble([_Times(1.0), _Times(3.0)], np.array([[0.5], [0.5]]), selector)(mx.array(x))
+    np.testing.assert_allclose(np.array(found).sum(axis=1), [1.8, 1.1, 2.9, 6.2], rtol=1e-5)
 
 
 # -- a model ----------------------------------------------------------------------------------------------------------

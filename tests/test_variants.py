@@ -141,7 +141,6 @@ def test_every_field_of_a_recipe_and_a_variant(tmp_path: Path) -> None:
         ("name = 'a'\ncopies = 0", "variant 'a': copies = 0 is not between 1 and 8"),
         ("name = 'a'\ncopies = 'some'", "variant 'a': copies = 'some' is neither a number nor one of random"),
         ("name = 'a'\ncombine = 'sum'", "variant 'a': combine = 'sum' is not one of mean"),
-        ("name = 'a'\ncombine = 'selective'\nconservative = true", "variant 'a': conservative and combine"),
         ("name = 'a'\ncopies = 2\nsettings = 'many'", "variant 'a': settings = 'many' is not one of rotation"),
         ("name = 'a'\nsettings = 'mixed'", "variant 'a': settings needs copies"),
         ("name = 'a'\nextra = [{seed = 1}]", "variant 'a': extra needs copies"),
@@ -252,7 +251,7 @@ def test_conservative_is_the_mean_where_inputs_are_few(simulation: Simulation) -
     learned = Variant("learned", Recipe(clip=True), copies=twice, combine="learned")
     careful = Variant("careful", Recipe(clip=True), copies=twice, combine="learned", conservative=True)
     for site in simulation.sites:
-        free, mean = (np.array(simulation.module(site, v)._weights) for v in (learned, careful))  # type: ignore[attr-defined]
+        free, mean = (np.array(simulation.module(site, v)._how.weights) for v in (learned, careful))  # type: ignore[attr-defined]
         few = [len(simulation._inputs_of(site, e)) < 10 for e in range(site.num_experts)]
         np.testing.assert_allclose(mean[:, few], 0.5)
         assert np.abs(free - 0.5).max() > 1e-3
