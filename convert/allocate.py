@@ -24,7 +24,7 @@ from mlxmoe.convert.source import Source, TrunkTensor
 from mlxmoe.convert.strategies import by_benefit, by_score, tie, untie
 from mlxmoe.errors import UserError
 from mlxmoe.formats import ABSENT, MatrixShape, num_planes, words_per_row
-from mlxmoe.plan import SELECTIVE, ExpertEntry, FileEntry, LayerPlan, Plan, Replicas, Selection, TrunkEntry
+from mlxmoe.plan import SELECTIVE, ExpertEntry, FileEntry, LayerPlan, Plan, Replicas, Selection, TrunkEntry, copy_share
 from mlxmoe.rotation import LayerRotations
 from mlxmoe.store import encode_header, layer_file_nbytes, layer_records, rotation_matrices
 from mlxmoe.units import format_size
@@ -187,9 +187,14 @@ class Allocator:
         return copies_per_expert(self._config.replicas, costs, self._config.seed)
 
     def _expert_options(self) -> list[list[Option]]:
-        """As if the errors of copies were independent: their mean has that much less."""
+        """Copies have one level: their losses are added up."""
         losses = zip(self._expert_losses(), self._copies, strict=True)
-        return self._options_of([loss / copies[:, None] for loss, copies in losses])
+        return self._options_of([loss * (copies * self._shares(copies))[:, None] for loss, copies in losses])
+
+    def _shares(self, copies: np.ndarray) -> np.ndarray:
+        """float64 [E]: what an error of each copy counts, of copies [E]."""
+        selective = self._config.replicas is not None and self._config.replicas.combine == SELECTIVE
+        return np.array([copy_share(int(k), selective) for k in copies])
 
     def _options_of(self, losses: Sequence[np.ndarray]) -> list[list[Option]]:
         """Options of every expert matrix, in the order of the keys, from losses [P, E, levels] of every site."""
@@ -358,8 +363,8 @@ class Allocator:
         return layer if most == 1 else self._replicated(layer, self._copies[i], most)
 
     def _replicated(self, layer: LayerPlan, copies: np.ndarray, most: int) -> LayerPlan:
-        """With the projections of further copies. An error of one of k copies counts 1/k^2: their outputs are averaged."""
-        shares = [np.where(copy < copies, 1.0 / copies, 0.0) for copy in range(most)]
+        """With the projections of further copies."""
+        shares = [np.where(copy < copies, self._shares(copies), 0.0) for copy in range(most)]
         seeds = copy_seeds(layer.rotations.hidden.name, layer.rotated_columns[1], most, self._config.seed)
         rules = tuple(LayerRotations(*(rule._replace(seed=seed) for rule in layer.rotations)) for seed in seeds[1:])
         shapes = [
@@ -367,7 +372,7 @@ class Allocator:
             for copy in range(most)
             for shape in layer.projections
         ]
-        weights = [tuple((share**2 * np.array(row)).tolist()) for share in shares for row in layer.weights]
+        weights = [tuple((share * np.array(row)).tolist()) for share in shares for row in layer.weights]
         replicas = Replicas(rules, *self._combination(len(layer.experts), most))
         return layer._replace(projections=tuple(shapes), weights=tuple(weights), replicas=replicas)
 

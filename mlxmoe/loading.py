@@ -35,7 +35,7 @@ from mlxmoe.models import (
     model_classes,
     named_arrays,
 )
-from mlxmoe.plan import FileEntry, LayerPlan, Plan
+from mlxmoe.plan import FileEntry, LayerPlan, Plan, copy_share
 from mlxmoe.prepared import (
     Prepared,
     Reserve,
@@ -324,8 +324,8 @@ def _frequencies(plan: Plan | None, number: int) -> list[float] | None:
         return None
     (layer,) = (layer for layer in plan.layers if layer.layer == number)
     first = zip(*layer.weights[: layer.num_matrices], strict=True)
-    # One of k copies weighs 1/k^2 of what the expert does
-    return [sum(weights) * layer.num_copies(e) ** 2 for e, weights in enumerate(first)]
+    selective = layer.replicas is not None and layer.replicas.selection is not None
+    return [sum(weights) / copy_share(layer.num_copies(e), selective) for e, weights in enumerate(first)]
 
 
 def _beside(block: nn.Module) -> dict[str, Beside]:

@@ -77,6 +77,12 @@ class Replicas(NamedTuple):
         return sum(map(len, rows))
 
 
+def copy_share(copies: int, selective: bool) -> float:
+    """What an error of one of an expert's copies counts in the loss, of one that it has alone: 1/k^2 where the outputs are
+    averaged, as if their errors were independent; 1/k where one of them is chosen, each about as often."""
+    return 1 / copies if selective else (1 / copies) ** 2
+
+
 class LayerPlan(NamedTuple):
     """The routed experts of one layer. `weights[p][e]`: what a relative error of 1 in that matrix adds to the expected
     loss. `path` is the module in the model; `file` holds the records. `rotations`: what the columns of the

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -77,4 +79,7 @@ def test_equal_errors_take_the_first_and_an_input_of_zero_is_an_input(fixed: np.
     log_norms = equal.log_norms(mx.zeros((1, D)))
     found = combined(list(map(mx.array, outputs)), equal, mx.array([0]), log_norms)
     assert (np.array(found) == outputs[0]).all()
+    level = Selector(mx.zeros((C, E)), mx.broadcast_to(mx.array([[1.0], [0.0], [2.0]]), (C, E)))
+    found = combined(list(map(mx.array, outputs)), replace(equal, selector=level), mx.array([0]), log_norms)
+    assert (np.array(found) == outputs[1]).all()
     assert ONE_COPY.log_norms(mx.zeros((1, D))) is None

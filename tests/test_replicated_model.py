@@ -33,6 +33,7 @@ from toy_checkpoints import (
 )
 from toy_text import write_words
 
+from mlxmoe import loading
 from mlxmoe.banks import copies_nbytes
 from mlxmoe.cli import main
 from mlxmoe.errors import UserError
@@ -285,12 +286,18 @@ def test_what_outputs_count(source: Path, folders: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("combine", ["mean", "learned"])
-def test_by_calibration_text(combine: str, source: Path, by_text: list[str], tmp_path: Path) -> None:
+def test_by_calibration_text(
+    combine: str, source: Path, by_text: list[str], folders: dict[str, Path], tmp_path: Path
+) -> None:
     arguments = [*by_text, "--expert-bits", "2", *ROTATION, "--replicas", "sensitivity:0.5", "--combine", combine]
     assert convert(source, tmp_path / "out", "--bpw", "8", *arguments) == 0
     close(logits(open_model(tmp_path / "out")), logits(written_out(tmp_path / "out", written_levels(tmp_path / "out"))))
-    for layer in load_plan(tmp_path / "out").layers:
+    chosen = load_plan(folders["selective"]).layers
+    for layer, one in zip(load_plan(tmp_path / "out").layers, chosen, strict=True):
         assert layer.replicas is not None
+        # Of two copies that are averaged an error counts a quarter, of two of which one is chosen a half
+        halves = [1 / layer.num_copies(e) for e in range(len(layer.experts))]
+        np.testing.assert_allclose(layer.weights[:3], np.array(one.weights[:3]) * halves, rtol=2e-3)  # four digits
         sums = np.array(layer.replicas.weights).sum(axis=0)
         single = [not any(entry.levels[3:]) for entry in layer.experts]
         assert (sums[single] == 1).all()
@@ -318,6 +325,17 @@ def test_what_copies_are_chosen_by_is_in_the_plan(name: str, folders: dict[str, 
             assert usual is None or count > 1 or usual[e] == 0
         assert (usual is not None) == (name == "careful")
         assert not usual or any(usual)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_an_expert_weighs(name: str, folders: dict[str, Path]) -> None:
+    """Errors of k averaged copies add up to 1/k of one copy's, of k of which one is chosen to all of it."""
+    plan = load_plan(folders[name])
+    for layer in plan.layers:
+        found = loading._frequencies(plan, layer.layer)
+        added = np.sum(layer.weights, axis=0)
+        counts = np.array([layer.num_copies(e) for e in range(len(layer.experts))])
+        np.testing.assert_allclose(found, added if name in CHOOSING else added * counts, rtol=1e-3)  # four digits
 
 
 def test_files_without_choices_are_as_they_were(folders: dict[str, Path]) -> None:

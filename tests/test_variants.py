@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +256,18 @@ def test_conservative_is_the_mean_where_inputs_are_few(simulation: Simulation) -
         few = [len(simulation._inputs_of(site, e)) < 10 for e in range(site.num_experts)]
         np.testing.assert_allclose(mean[:, few], 0.5)
         assert np.abs(free - 0.5).max() > 1e-3
+
+
+def test_conservative_choices_know_the_norms_of_the_inputs(simulation: Simulation) -> None:
+    """Their mean for every expert; none where there are fewer than ten or their standard deviation is above half of it."""
+    twice = {site.path: np.full(site.num_experts, 2) for site in simulation.sites}
+    free = Variant("free", Recipe(clip=True), copies=twice, combine="selective")
+    for site in simulation.sites:
+        assert simulation.module(site, free)._how.selector.usual is None  # type: ignore[attr-defined]
+        careful = simulation.module(site, replace(free, conservative=True))
+        norms = [np.sqrt(np.square(simulation._inputs_of(site, e)).sum(axis=1)) for e in range(site.num_experts)]
+        usual = [n.mean() if len(n) >= 10 and n.std() <= n.mean() / 2 else 0 for n in norms]
+        np.testing.assert_allclose(np.exp(np.array(careful._how.selector.usual)), usual, rtol=1e-5)  # type: ignore[attr-defined]
 
 
 def test_awq_and_its_clip_lower_the_error_of_the_outputs(simulation: Simulation) -> None:
