@@ -76,12 +76,9 @@ def layer_copies(store: ExpertStore, layer: LayerPlan, dtype: mx.Dtype) -> Copie
         for copy, rules in enumerate(layer.copy_rotations)
         for columns in [layer.rotated_columns]
     ]
-    replicas = layer.replicas
-    return (
-        Copies(tuple(turns))
-        if replicas is None
-        else Copies(tuple(turns), mx.array(replicas.weights), _selector(replicas))
-    )
+    if layer.replicas is None:
+        return Copies(tuple(turns))
+    return Copies(tuple(turns), mx.array(layer.replicas.weights), _selector(layer.replicas))
 
 
 def _selector(replicas: Replicas) -> Selector | None:

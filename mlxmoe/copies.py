@@ -77,7 +77,8 @@ def combined(
     at the end of `outputs`."""
     if copies.weights is None:
         return outputs[0]
-    weights = [row[experts] for row in copies.weights]
+    count = len(outputs) if copies.selector is None else len(copies.weights)
+    weights = [copies.weights[c][experts] for c in range(count)]
     if copies.selector is not None:
         assert log_norms is not None
         weights = copies.selector.weights(weights, experts, log_norms)
