@@ -166,9 +166,9 @@ class Allocator:
         return weights
 
     @property
-    def _nested(self) -> bool:
-        """Whether the file is to serve smaller memories as well."""
-        return self._config.calibration is not None and self._config.calibration.mu > 0
+    def _nesting(self) -> float:
+        """What smaller memories count that the file is to serve as well."""
+        return 0.0 if self._config.calibration is None else self._config.calibration.mu
 
     def _expert_losses(self) -> list[np.ndarray]:
         """[P, E, levels] of every site, of one copy of every expert."""
@@ -223,15 +223,17 @@ class Allocator:
 
     def _choose(self, items: list[list[Option]], budget: int) -> list[Option]:
         """One option for every item, by the configured method. What is not `measured` by the loss itself is about experts:
-        it shares out the bytes that the loss gives to all of them, and leaves the trunk as it is. The trunk of a nested file
-        is that of one half way between the smallest and this: every memory that the file serves has to hold it.
+        it shares out the bytes that the loss gives to all of them, and leaves the trunk as it is. The trunk of a file
+        for smaller memories too, which each of them has to hold, is that of a smaller one: of the bytes above the smallest
+        file 1 / (1 + mu).
 
         Raises ValueError when even the smallest options exceed the budget.
         """
         how, count = self._config.allocation, len(self._keys)
         experts, trunk = items[:count], items[count:]
-        if self._nested:
-            trunk = [[option] for option in allocate(items, (smallest_nbytes(items) + budget) // 2)[count:]]
+        if self._nesting:
+            least = smallest_nbytes(items)
+            trunk = [[option] for option in allocate(items, least + int((budget - least) / (1 + self._nesting)))[count:]]
             items = experts + trunk
         if how.method == "uniform":
             tied = tie(experts, [(i, p) for i, p, _ in self._keys])
@@ -281,7 +283,7 @@ class Allocator:
             raise AssertionError("the smallest folder fits, and yet no allocation was found")
         if decision.nbytes < 0.99 * target:
             widest = set(decision.plan.level_histogram()) == {max(self._config.expert_levels)}
-            widest_is = "every expert" if self._nested else "every tensor"
+            widest_is = "every expert" if self._nesting else "every tensor"
             why = f"{widest_is} is at its widest" if widest else "no allocation comes closer"
             notes.append(f"{why}: the folder takes {format_size(decision.nbytes)}, less than asked")
         return decision._replace(notes=notes)

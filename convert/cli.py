@@ -84,9 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--nested", type=float, default=text.mu, metavar="MU",
-        help="what the errors of an expert's lower levels count when it is written, for a file that shall serve smaller "
-        "memories as well, 1 for instance; what is not experts then has the bytes of a file half way between the smallest "
-        "and the size (default: %(default)s)",
+        help="what smaller memories count that the file shall serve as well, 1 for instance: the errors of experts' lower "
+        "levels, when codes and scales are chosen, and the bytes that everything else takes from them (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--predecessors", choices=("quantized", "source"), default="quantized",

@@ -92,21 +92,22 @@ def test_measured_is_best_by_the_loss(folder: Path, measured: Losses) -> None:
         assert len(np.unique(levels(other))) > 1, name
 
 
-def test_a_nested_file_has_the_trunk_of_a_smaller_one(folder: Path, measured: Losses) -> None:
-    """Of one half way between the smallest and its own size, where the trunk costs as much as the experts do."""
+@pytest.mark.parametrize("mu", [1.0, 0.5])
+def test_a_nested_file_has_the_trunk_of_a_smaller_one(folder: Path, measured: Losses, mu: float) -> None:
+    """Of one with 1 / (1 + mu) of what it has above the smallest, where the trunk costs as much as the experts do."""
     trunk = measured.trunk
     dear = measured._replace(trunk=trunk._replace(errors=100 * trunk.errors, weights=100 * trunk.norms))
     allocator = job(folder, Allocation())._allocator(dear)
     least = allocator._smallest(allocator._lowered()).nbytes
     nested, alone, half = (
         decide(folder, dear, Allocation(), size, mu)
-        for size, mu in ((SIZE, 1.0), (SIZE, 0.0), ((least + SIZE) // 2, 0.0))
+        for size, mu in ((SIZE, mu), (SIZE, 0.0), (least + int((SIZE - least) / (1 + mu)), 0.0))
     )
     assert 0.985 * SIZE < nested.nbytes <= SIZE
-    widths = [np.array([entry.bits for entry in d.plan.trunk.values()]) for d in (nested, alone, half)]
-    assert np.abs(widths[0] - widths[2]).max() <= 1, "what one step more or less leaves over"
-    assert abs(widths[0].mean() - widths[2].mean()) < 0.25
-    assert widths[0].mean() < widths[1].mean() - 0.5
+    steps = [np.array([TRUNK_BITS.index(e.bits) for e in d.plan.trunk.values()]) for d in (nested, alone, half)]
+    assert np.abs(steps[0] - steps[2]).max() <= 1, "what one step more or less leaves over"
+    assert abs(steps[0].mean() - steps[2].mean()) < 0.25
+    assert steps[0].mean() < steps[1].mean() - 0.5 * mu
     assert levels(nested).mean() > levels(alone).mean()
 
 
