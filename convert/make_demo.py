@@ -27,8 +27,9 @@ def make_demo(checkpoint: Path, text: Path, output: Path = DEMO) -> int:
     the bytes."""
     fresh = output.with_name(output.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    calibration = Calibration(str(text), file_sha256(text), tokens=DEMO_TOKENS, mu=1.0)
-    Job(checkpoint, fresh, ConvertConfig(target_nbytes=DEMO_NBYTES, calibration=calibration)).run()
+    calibration = Calibration(str(text), file_sha256(text), tokens=DEMO_TOKENS, mu=0.3)
+    config = ConvertConfig(DEMO_NBYTES, expert_levels=(2, 3, 4, 6, 8), calibration=calibration, polish="layer")
+    Job(checkpoint, fresh, config).run()
     shutil.rmtree(output, ignore_errors=True)
     fresh.rename(output)
     return folder_nbytes(output)
