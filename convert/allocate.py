@@ -233,7 +233,9 @@ class Allocator:
         experts, trunk = items[:count], items[count:]
         if self._nesting:
             least = smallest_nbytes(items)
-            trunk = [[option] for option in allocate(items, least + int((budget - least) / (1 + self._nesting)))[count:]]
+            trunk = [
+                [option] for option in allocate(items, least + int((budget - least) / (1 + self._nesting)))[count:]
+            ]
             items = experts + trunk
         if how.method == "uniform":
             tied = tie(experts, [(i, p) for i, p, _ in self._keys])

@@ -85,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nested", type=float, default=text.mu, metavar="MU",
         help="what smaller memories count that the file shall serve as well, 1 for instance: the errors of experts' lower "
-        "levels, when codes and scales are chosen, and the bytes that everything else takes from them (default: %(default)s)",
+        "levels, when codes and scales are chosen, and the bytes that everything else takes from them (default: "
+        "%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--predecessors", choices=("quantized", "source"), default="quantized",

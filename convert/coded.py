@@ -53,7 +53,8 @@ class CodedLayer:
         return found
 
     def views(self, stored: dict[str, Stored], layer: LayerPlan | None, mu: float) -> list[View]:
-        """What `stored` gave for this layer as it is written and, with mu > 0, at every level below: they count mu in all."""
+        """What `stored` gave for this layer as it is written and, with mu > 0, at every level below, which count mu in
+        all."""
         whole = View(1.0, stored)
         if layer is None or mu == 0:
             return [whole]

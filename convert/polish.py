@@ -361,11 +361,9 @@ def layer_metric(walk: Walk, i: int) -> Metric:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def polish_layer(
-    walk: Walk, i: int, kind: str, target: str, views: Sequence[View], share: Share, seed: int
-) -> Outcome:
-    """Refines the matrices of the loaded layer i for the sum of the losses of `views`, and leaves the values of the first one
-    in it.
+def polish_layer(walk: Walk, i: int, kind: str, target: str, views: Sequence[View], share: Share, seed: int) -> Outcome:
+    """Refines the matrices of the loaded layer i for the sum of the losses of `views`, and leaves the values of the first
+    one in it.
 
     The layer runs on the hidden states of `kind`; the outputs that it should give are the hidden states `target` behind it.
     """
